@@ -1,0 +1,51 @@
+"""SEER: fine-tune a language model so that its hidden states gather by concept, and read the concepts back.
+
+Method: Chen, Liu, Luo, Shao, "SEER: Self-Explainability Enhancement of Large Language Models' Representations",
+arXiv 2502.05242.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seer.config import SeerConfig
+    from seer.data import ConceptDataset, TextDataset
+    from seer.errors import InputError
+    from seer.prototypes import Prototypes
+    from seer.train import TrainingResult, run_training
+    from seer.trainer import SeerTrainer
+
+_HOME = {
+    "ConceptDataset": "seer.data",
+    "InputError": "seer.errors",
+    "Prototypes": "seer.prototypes",
+    "SeerConfig": "seer.config",
+    "SeerTrainer": "seer.trainer",
+    "TextDataset": "seer.data",
+    "TrainingResult": "seer.train",
+    "run_training": "seer.train",
+}
+
+__all__ = [
+    "ConceptDataset",
+    "InputError",
+    "Prototypes",
+    "SeerConfig",
+    "SeerTrainer",
+    "TextDataset",
+    "TrainingResult",
+    "run_training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import seer` does not load torch and transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'seer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

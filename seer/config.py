@@ -1,0 +1,180 @@
+"""Options of a training run: everything of transformers' TrainingArguments, and what SEER adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, get_args
+
+import yaml
+from transformers import SchedulerType, TrainingArguments
+
+from seer.errors import InputError
+from seer.files import atomic_path
+
+SameLabel = Literal["negative", "ignore", "positive"]
+RetainNormalization = Literal["example", "token"]
+
+
+@dataclass
+class SeerConfig(TrainingArguments):
+    """Options of `seer train` and of `SeerTrainer`.
+
+    Every field of `transformers.TrainingArguments` is accepted; the ones below are added or have another default.
+    `model`, `data`, `retain_data`, `concepts`, `held_out_share` and `overwrite_output_dir` are read by the job
+    (`seer.run_training`) only: a `SeerTrainer` is given its model and data sets as objects.
+
+    Raises:
+        InputError: a value out of its range; the message names the option.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Model to train: a local folder or a name on the Hub."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts labelled by concept, with columns prompt, response and concept: a .csv or .jsonl file, or "
+            "the name of a data set on the Hub (its split 'train' is used)."
+        },
+    )
+    retain_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts on which the model must stay as it was, with columns prompt and response, or text. Without "
+            "it the first text of every pair serves."
+        },
+    )
+    concepts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the allowed concepts. Any other name in the data is an error."},
+    )
+    held_out_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of every concept's samples that is kept out of training and measured before and after. "
+            "Which samples: decided by --seed."
+        },
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Longest text in tokens; the rest is cut off. Never more than the window of the model."},
+    )
+
+    target_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Decoder layers whose output is disentangled: 0 is the first layer, -1 the last. Default: the one "
+            "at 25/32 of the depth."
+        },
+    )
+    layers_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path from the model to its list of layers, such as model.layers. Only needed where the "
+            "list cannot be told from the structure of the model."
+        },
+    )
+    disentangle_weight: float = field(
+        default=10.0,
+        metadata={"help": "Weight of L_d, the contrastive loss that gathers concepts."},
+    )
+    retain_weight: float = field(
+        default=1.0, metadata={"help": "Weight of L_r, the distance of all hidden states to the base model's."}
+    )
+    kl_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of L_kl, KL(base || adapted) of the next-token distribution, in nats per token. Must be 0 "
+            "for a model without a language-model head."
+        },
+    )
+    temperature: float = field(default=0.1, metadata={"help": "Temperature of L_d."})
+    same_label: SameLabel = field(
+        default="negative",
+        metadata={
+            "help": "What L_d makes of a pair's keys that share its concept: 'negative' (as in the paper), 'ignore' "
+            "(left out of the denominator) or 'positive' (SupCon)."
+        },
+    )
+    retain_normalization: RetainNormalization = field(
+        default="example",
+        metadata={
+            "help": "L_r: 'example' takes one norm over all layers and tokens of an example, times (number of target "
+            "layers) / (number of adapted layers) / 100, as the paper's code; 'token' takes one norm per token."
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA adapter."})
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that --output_dir holds. Without it such a folder is an error."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Continue a run: 'true' for the last complete checkpoint in --output_dir, or its folder."},
+    )
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of texts per device and step."})
+    num_train_epochs: float = field(
+        default=3.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "Schedule of the learning rate."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss terms every so many steps."})
+    save_steps: float = field(
+        default=50, metadata={"help": "Write a checkpoint, from which a killed run continues, every so many steps."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Experiment trackers to report to, such as tensorboard or wandb."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
+    # Every adapter parameter gets a gradient in every step, so the search for unused ones is wasted.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DistributedDataParallel look for parameters without gradient."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("disentangle_weight", "retain_weight", "kl_weight"):
+            _check(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
+        _check(self.temperature > 0, "temperature", "a number > 0", self.temperature)
+        _check(0 <= self.held_out_share < 1, "held_out_share", "a share from 0 up to but not 1", self.held_out_share)
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 up to but not 1", self.lora_dropout)
+        for name in ("max_length", "lora_r", "lora_alpha"):
+            _check(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+        for name, choices in (("same_label", SameLabel), ("retain_normalization", RetainNormalization)):
+            _check(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}", getattr(self, name))
+        if self.target_layers is not None:
+            _check(len(self.target_layers) > 0, "target_layers", "at least one layer", self.target_layers)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the options as YAML that `seer train PATH` accepts: those of this class and what else was changed."""
+        unchanged = SeerConfig(output_dir=self.output_dir)
+        always = {"output_dir", "seed", *SeerConfig.__annotations__}
+        values = {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.init and (f.name in always or getattr(self, f.name) != getattr(unchanged, f.name))
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _check(condition: bool, option: str, expected: str, value: object) -> None:
+    if not condition:
+        raise InputError(f"--{option}: expected {expected}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML knows it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value
