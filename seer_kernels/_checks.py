@@ -1,0 +1,127 @@
+"""Errors for bad input: the only place that words them. Each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+INT32 = torch.iinfo(torch.int32)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """`value` must be one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_features(name: str, value: object) -> None:
+    """`value` must be a floating tensor of shape (..., rows, features) with at least one feature."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (..., rows, features); got {_describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    if value.dim() < 2:
+        raise ValueError(f"{name} must have shape (..., rows, features); got {tuple(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one feature; got shape {tuple(value.shape)}")
+
+
+def check_same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` must have the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}); got {value.dtype}")
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}); got {value.device}")
+
+
+def check_pair_shapes(query: Tensor, key: Tensor) -> None:
+    """`key` must be (..., M, D) for a `query` of (..., N, D), with M >= N."""
+    expected = f"{tuple(query.shape[:-2])} + (M >= {query.shape[-2]}, {query.shape[-1]})"
+    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have shape {expected} to match query {tuple(query.shape)}; got {tuple(key.shape)}")
+    if key.shape[-2] < query.shape[-2]:
+        raise ValueError(
+            f"key must have at least as many rows as query (row i of query pairs with row i of key): "
+            f"expected {expected}, got {tuple(key.shape)}"
+        )
+
+
+def check_rows(name: str, value: object, leading: torch.Size, rows: int, device: torch.device) -> Tensor:
+    """`value` must be a tensor on `device` that broadcasts to `(*leading, rows)`; returns it expanded."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {(*leading, rows)} or ({rows},); got {_describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the features; got {value.device}")
+    fits = value.dim() >= 1 and value.shape[-1] == rows and value.dim() <= len(leading) + 1
+    if not fits or any(s not in (1, n) for s, n in zip(value.shape[-2::-1], leading[::-1], strict=False)):
+        raise ValueError(f"{name} must have shape {(*leading, rows)} or ({rows},); got {tuple(value.shape)}")
+    return value.expand(*leading, rows)
+
+
+def check_labels(name: str, value: object, leading: torch.Size, rows: int, device: torch.device) -> Tensor:
+    """`value` must be integer labels that broadcast to `(*leading, rows)`; returns them expanded."""
+    if isinstance(value, Tensor) and value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must hold integers; got dtype {value.dtype}")
+    return check_rows(name, value, leading, rows, device)
+
+
+def check_weights(value: object, leading: torch.Size, rows: int, device: torch.device) -> Tensor:
+    """`weights` must be a constant floating or boolean tensor that broadcasts to `(*leading, rows)`."""
+    if isinstance(value, Tensor) and value.dtype not in (*FLOAT_DTYPES, torch.bool):
+        raise TypeError(f"weights must be floating or bool; got dtype {value.dtype}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError("weights must not require grad (the losses give no gradient to weights); detach them first")
+    return check_rows("weights", value, leading, rows, device)
+
+
+def check_scalar(name: str, value: object) -> None:
+    """`value` must be a real number or a floating tensor with one element and no dimensions."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be a float or a floating 0-d tensor; got {_describe(value)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a floating 0-d tensor; got {_describe(value)}")
+
+
+def check_temperature_value(value: float) -> None:
+    """The temperature must be a positive, finite number."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"temperature must be positive and finite; got {value}")
+
+
+def check_label_values(name: str, value: Tensor) -> None:
+    """Labels must fit in int32, which is what the kernels compare."""
+    if value.dtype == torch.int64 and value.numel() > 0:
+        low, high = (int(v) for v in value.aminmax())
+        if low < INT32.min or high > INT32.max:
+            raise ValueError(
+                f"{name} must fit in int32 ({INT32.min} to {INT32.max}); got values from {low} to {high}. "
+                "Map them to small integers first, for example with torch.unique(..., return_inverse=True)"
+            )
+
+
+def check_weight_values(value: Tensor) -> None:
+    """Weights must be finite and not negative."""
+    if value.numel() > 0:
+        low, high = (float(v) for v in value.aminmax())
+        if not (low >= 0.0 and high < float("inf")):
+            raise ValueError(f"weights must be finite and not negative; got values from {low} to {high}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Features must be finite; names the first row that is not."""
+    bad = ~torch.isfinite(value).all(dim=-1)
+    if bool(bad.any()):
+        row = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity ({int(bad.sum())} such rows)")
