@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: seer COMMAND ...
+_USAGE = """\
+usage: seer COMMAND ...
 
 commands:
   train   fine-tune a model so that its hidden states gather by concept (seer train --help)
@@ -14,29 +15,34 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 for bad input."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    """Run the command line and return the exit code: 0, or 2 for bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command, rest = arguments[0], arguments[1:]
     if command in ("-h", "--help"):
-        print(USAGE, end="")
+        print(_USAGE, end="")
         return 0
+
     from seer.errors import InputError
 
     try:
-        if command == "train":
-            from seer.train import main as train_main
-
-            train_main(rest)
-        elif command == "demo":
-            from seer.demo import run_demo
-
-            run_demo(rest)
-        else:
-            raise InputError(f"unknown command {command!r}; expected train or demo")
+        _run(command, rest)
     except InputError as error:
-        print(
-            f"seer {command}: error: {error}" if command in ("train", "demo") else f"seer: error: {error}",
-            file=sys.stderr,
-        )
+        print(f"seer: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    from seer.errors import InputError
+
+    if command == "train":
+        from seer.arguments import parse_training_arguments
+        from seer.train import run_training
+
+        run_training(parse_training_arguments(arguments))
+    elif command == "demo":
+        from seer.demo import run_demo
+
+        run_demo(arguments)
+    else:
+        raise InputError(f"expected the command train or demo, got {command!r}")

@@ -1,17 +1,64 @@
-"""The job behind `seer train`: load, measure, train, measure again, write everything down."""
+"""The job behind `seer train`: load, train, measure before and after, write everything down."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_callback import TrainerState
 
 from seer.config import SeerConfig
+from seer.data import ConceptDataset, TextDataset
+from seer.errors import InputError
+from seer.files import atomic_path
 from seer.prototypes import Prototypes
+from seer.trainer import Measurement, SeerTrainer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+logger = logging.getLogger(__name__)
+
+_OWN_FILES = (
+    "config.yaml",
+    "metrics.json",
+    "prototypes.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+# Options that a continued run must share with the run it continues, or its pairs, loss and adapter would be others.
+_SAME_ON_RESUME = (
+    "model",
+    "data",
+    "retain_data",
+    "concepts",
+    "held_out_share",
+    "max_length",
+    "target_layers",
+    "layers_path",
+    "lora_r",
+    "lora_alpha",
+    "per_device_train_batch_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -47,4 +94,172 @@ def run_training(
     Raises:
         InputError: bad options or data.
     """
-    raise NotImplementedError
+    if config.data is None:
+        raise InputError("--data: expected texts by concept, a .csv or .jsonl file or the name of a data set; got none")
+    dataset = ConceptDataset.load(config.data, config.concepts)
+    retain_dataset = None if config.retain_data is None else TextDataset.load(config.retain_data)
+    training, held_out = dataset.split(config.held_out_share, config.seed)
+    checkpoint = _checkpoint_to_resume(config)
+    if config.should_save:
+        _claim_output_dir(config, resuming=checkpoint is not None)
+    if model is None:
+        model, tokenizer = load_model(config)
+    elif tokenizer is None:
+        raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
+
+    trainer = SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain_dataset)
+    output_dir = Path(config.output_dir)
+    if config.should_save:
+        config.save(output_dir / "config.yaml")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+
+    measurement = None if held_out is None else trainer.measure()
+    prototypes = trainer.prototypes() if measurement is None else measurement.prototypes
+    metrics = {
+        "samples": {"training": len(training), "held_out": 0 if held_out is None else len(held_out)},
+        "concepts": training.names,
+        "target_layers": trainer.target_layers,
+        "held_out": None if measurement is None else _as_metrics(measurement),
+        "training": {"steps": outcome.global_step, "seconds": round(outcome.metrics["train_runtime"], 1)},
+        "versions": {name: version(name) for name in ("seer-kernels", "torch", "transformers", "peft")},
+    }
+    if config.should_save:
+        _save_adapter(trainer, output_dir)
+        prototypes.save(output_dir / "prototypes.safetensors")
+        with atomic_path(output_dir / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if measurement is not None:
+            Console().print(_table(measurement, len(held_out or ())))
+        Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
+
+    encoding = None if measurement is None else measurement.encoding
+    return TrainingResult(
+        metrics=metrics,
+        prototypes=prototypes,
+        representations_before={} if encoding is None else {k: v.numpy() for k, v in encoding.before.items()},
+        representations_after={} if encoding is None else {k: v.numpy() for k, v in encoding.after.items()},
+        concepts=[] if held_out is None else held_out.concepts,
+        output_dir=str(output_dir),
+    )
+
+
+def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load `config.model` and its tokenizer: with its language-model head if it was saved as a causal model.
+
+    The weights are bfloat16 where an accelerator supports it or `--bf16` is given, else float32; the adapter on top of
+    them is float32.
+
+    Raises:
+        InputError: nothing that transformers can load.
+    """
+    if config.model is None:
+        raise InputError("--model: expected a local folder or a name on the Hub, got none")
+    dtype = torch.bfloat16 if config.bf16 or _accelerator_has_bfloat16(config.device) else torch.float32
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+        is_causal = causal is not None and causal.__name__ in (model_config.architectures or [causal.__name__])
+        auto = AutoModelForCausalLM if is_causal else AutoModel
+        return auto.from_pretrained(config.model, dtype=dtype), AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model: expected a folder or Hub name of a transformers model with its tokenizer, got {config.model!r}; "
+            f"{error}"
+        ) from error
+
+
+def _accelerator_has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _checkpoint_to_resume(config: SeerConfig) -> str | None:
+    """The checkpoint folder that `resume_from_checkpoint` means, once it is known that the run can go on from it."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        folders = sorted(
+            Path(config.output_dir).glob("checkpoint-*"),
+            key=lambda folder: int(folder.name.split("-")[1]),
+            reverse=True,
+        )
+        expected = f"a checkpoint in --output_dir {config.output_dir}"
+    else:
+        folders = [Path(wanted)]
+        expected = "a checkpoint folder"
+    # The state is written last: a checkpoint without a readable one was cut off by a kill.
+    complete = [folder for folder in folders if _is_complete(folder)]
+    if not complete:
+        raise InputError(f"--resume_from_checkpoint: expected {expected}, got {wanted!r} and no complete one there")
+    earlier_file = complete[0].parent / "config.yaml"
+    earlier = yaml.safe_load(earlier_file.read_text(encoding="utf-8")) if earlier_file.is_file() else {}
+    for name in _SAME_ON_RESUME:
+        if name in earlier and earlier[name] != getattr(config, name):
+            raise InputError(
+                f"--{name}: expected {earlier[name]!r} as in the run to resume ({earlier_file}), got "
+                f"{getattr(config, name)!r}"
+            )
+    return str(complete[0])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
+    """Make the output folder; refuse one that holds another run, or clear it of that run if so told."""
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir: expected a folder, got the file {output_dir}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    earlier = [output_dir / name for name in _OWN_FILES if (output_dir / name).exists()]
+    earlier += output_dir.glob("checkpoint-*")
+    if resuming or not earlier:
+        return
+    if not config.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir: expected a folder without another run, got {output_dir} with {earlier[0].name}; choose "
+            "another one, or --overwrite_output_dir true, or --resume_from_checkpoint true"
+        )
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
+    """Write the adapter and the tokenizer; each file appears whole or not at all."""
+    with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(temporary, save_embedding_layers=False)  # they are never trained
+        trainer.processing_class.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            os.replace(path, output_dir / path.name)
+
+
+def _as_metrics(measurement: Measurement) -> dict[str, Any]:
+    kl = measurement.encoding.kl
+    return {
+        "layers": {
+            str(layer): {"before": asdict(measurement.before[layer]), "after": asdict(measurement.after[layer])}
+            for layer in measurement.before
+        },
+        "kl_to_base_nats_per_token": None if kl is None else {"before": 0.0, "after": kl},
+    }
+
+
+def _table(measurement: Measurement, samples: int) -> Table:
+    table = Table(title=f"{samples} held-out samples")
+    table.add_column("layer")
+    table.add_column("measure")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for layer, before in measurement.before.items():
+        after = asdict(measurement.after[layer])
+        for name, value in asdict(before).items():
+            table.add_row(str(layer), name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}")
+    if measurement.encoding.kl is not None:
+        table.add_row("", "KL to the base model, nats per token", "0.000", f"{measurement.encoding.kl:.3f}")
+    return table

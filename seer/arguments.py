@@ -1,0 +1,167 @@
+"""The command line of `seer train`: flags, a config file, and the help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from seer.config import SeerConfig
+from seer.errors import InputError
+
+_DESCRIPTION = """\
+Fine-tune a language model with LoRA so that its hidden states gather by concept, while it goes on behaving as before.
+Writes the adapter, the concept prototypes, the options and a table of held-out figures to --output_dir.
+
+  seer train --model meta-llama/Llama-3.1-8B-Instruct --data concepts.csv --output_dir out
+  seer train out/config.yaml --seed 1 --output_dir out-1      options of a run, and what to change
+  seer train out/config.yaml --resume_from_checkpoint true    go on after a kill
+
+The data has one text per row: a request (prompt), its response, and the concept it belongs to. Training draws pairs of
+one concept and pulls their last hidden states together at the target layers (L_d), with two terms that hold the model
+where it was: its hidden states (L_r) and its next-token distribution (L_kl).
+"""
+
+_SECTIONS = {
+    "input and output": (
+        "model",
+        "data",
+        "retain_data",
+        "concepts",
+        "held_out_share",
+        "max_length",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+    ),
+    "loss: disentangle_weight L_d + retain_weight L_r + kl_weight L_kl": (
+        "target_layers",
+        "layers_path",
+        "disentangle_weight",
+        "temperature",
+        "same_label",
+        "retain_weight",
+        "retain_normalization",
+        "kl_weight",
+    ),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
+    "training": (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
+        "bf16",
+        "seed",
+    ),
+    "progress": (
+        "logging_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "eval_strategy",
+        "eval_steps",
+        "report_to",
+    ),
+}
+
+
+class _Parser(HfArgumentParser):
+    """One flag per field of SeerConfig; errors are raised, and the help shows the flags by what they are for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def format_help(self) -> str:
+        by_name = {action.dest: action for action in reversed(self._actions)}
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for title, names in _SECTIONS.items():
+            formatter.start_section(title)
+            formatter.add_arguments([by_name[name] for name in names])
+            formatter.end_section()
+        others = sorted(set(by_name) - {name for names in _SECTIONS.values() for name in names} - {"help"})
+        formatter.start_section("also, as documented for transformers.TrainingArguments")
+        formatter.add_text(", ".join(others))
+        formatter.end_section()
+        return formatter.format_help()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, keeps the description's lines, and one spelling of every flag."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = action.option_strings[0]
+        values = "" if action.nargs == "?" else self._format_args(action, action.dest.upper().rsplit("_", 1)[-1])
+        return f"{flag} {values}".rstrip()
+
+
+def parse_training_arguments(argv: Sequence[str]) -> SeerConfig:
+    """Turn the arguments after `seer train` into a config.
+
+    Args:
+        argv: optionally a .yaml, .yml or .json file first, whose options the flags after it override.
+
+    Raises:
+        InputError: an unknown flag or key, or a bad value.
+        SystemExit: after `--help`.
+    """
+    parser = _Parser(
+        SeerConfig, prog="seer train", description=_DESCRIPTION, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    names = [field.name for field in dataclasses.fields(SeerConfig) if field.init]
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*_read_config(arguments[0], names), *arguments[1:]]
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except InputError:
+        raise
+    except ValueError as error:  # what transformers says about a combination of its own options
+        raise InputError(str(error)) from error
+    if unknown:
+        raise InputError(f"expected options, got {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
+    assert isinstance(config, SeerConfig)
+    return config
+
+
+def _read_config(file: str, names: list[str]) -> list[str]:
+    """The options of a config file as flags, so that one parser checks both."""
+    path = Path(file).expanduser()
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise InputError(f"expected options or a .yaml or .json file, got {file!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: expected a readable file of options; {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: expected options as `name: value`, got {type(values).__name__}")
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in names:
+            raise InputError(f"{file}: expected names of options, got {name!r}{_suggestion(str(name), names)}")
+        if value is not None:
+            flags += [f"--{name}", *map(_as_flag, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _as_flag(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _suggestion(name: str, names: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,115 @@
+"""How well hidden states separate concepts, and how far the model moved from its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from seer.data import pad_rows
+from seer.layers import LayerStack, base_model_of, forward_states, last_token
+from seer.losses import kl_to_base
+from seer.prototypes import Prototypes
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Representations of N texts under the base model (before) and the adapted one (after)."""
+
+    before: dict[int, Tensor]
+    """Layer -> [N, D] float32 on the CPU."""
+    after: dict[int, Tensor]
+    """The same of the adapted model."""
+    kl: float | None
+    """Mean over all real tokens of KL(base || adapted), in nats; None where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well the representations of one layer separate concepts."""
+
+    same_concept_cosine: float
+    """Mean cosine over all pairs of different samples of one concept; NaN if there are none."""
+    different_concept_cosine: float
+    """Mean cosine over all pairs of different concepts; NaN if there are none."""
+    nearest_prototype_accuracy: float
+    """Share of samples whose nearest prototype is their concept's."""
+
+
+@torch.no_grad()
+def encode(
+    model: PeftModel,
+    rows: Sequence[list[int]],
+    *,
+    stack: LayerStack,
+    layers: Sequence[int],
+    pad_token_id: int,
+    batch_size: int,
+    with_kl: bool = False,
+) -> Encoding:
+    """Representations at the last token of every text, before and after, without dropout.
+
+    Args:
+        model: the adapted model; its disabled adapter gives the base model.
+        rows: token ids of N texts.
+        stack: the layers of `model`.
+        layers: which of them to read.
+        pad_token_id: fills up shorter rows.
+        batch_size: texts per forward pass.
+        with_kl: also compare the next-token distributions; needs a language-model head.
+    """
+    device = next(model.parameters()).device
+    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    divergence, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = pad_rows([rows[index] for index in longest_first[start : start + batch_size]], pad_token_id)
+        inputs = {name: values.to(device) for name, values in batch.items()}
+        mask = inputs["attention_mask"]
+        logits_at = mask.bool() if with_kl else None
+        with base_model_of(model):
+            reference = forward_states(model, inputs, stack, logits_at)
+        adapted = forward_states(model, inputs, stack, logits_at)
+        for states, collected in ((reference, before), (adapted, after)):
+            collected.append(torch.stack([last_token(states.layers[layer], mask) for layer in layers]).float().cpu())
+        if adapted.logits is not None and reference.logits is not None:
+            divergence += float(kl_to_base(adapted.logits, reference.logits)) * len(adapted.logits)
+            tokens += len(adapted.logits)
+    model.train(was_training)
+
+    in_order = torch.tensor(longest_first).argsort()
+
+    def by_layer(batches: list[Tensor]) -> dict[int, Tensor]:
+        return dict(zip(layers, torch.cat(batches, dim=1)[:, in_order], strict=True))
+
+    return Encoding(by_layer(before), by_layer(after), divergence / tokens if with_kl else None)
+
+
+def separation(states: Tensor, concept_ids: Tensor, prototypes: Prototypes, layer: int) -> Separation:
+    """Measure one layer.
+
+    Args:
+        states: [N, D] representations.
+        concept_ids: (N,) int64, index into `prototypes.concepts`.
+        prototypes: made from other samples than these.
+        layer: which prototypes to compare with.
+    """
+    directions = normalize(states.double(), dim=-1)
+    sizes = torch.bincount(concept_ids).double()
+    sums = directions.new_zeros(len(sizes), states.shape[-1]).index_add_(0, concept_ids, directions)  # [C, D]
+    # Sums over ordered pairs follow from sums of vectors: sum_ij z_i . z_j = |sum_i z_i|^2.
+    all_pairs, same_pairs = len(states) ** 2, sizes.square().sum()
+    all_cosines, same_cosines = sums.sum(0).square().sum(), sums.square().sum()
+    nearest = prototypes.similarity(layer, states).argmax(-1)
+    return Separation(
+        same_concept_cosine=float((same_cosines - len(states)) / (same_pairs - len(states))),
+        different_concept_cosine=float((all_cosines - same_cosines) / (all_pairs - same_pairs)),
+        nearest_prototype_accuracy=float((nearest == concept_ids).double().mean()),
+    )

@@ -1,0 +1,198 @@
+"""Where the hidden states of a model are, and one forward pass that reads all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seer.errors import InputError
+
+_PAPER_DEPTH = (25, 32)  # the paper's target layer is 25 of 32
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The repeated blocks of a model. Layer index l means the output of block l, before any final norm."""
+
+    root: PreTrainedModel
+    """The model itself, without peft's wrapping."""
+    path: str
+    """Dotted path from `root` to the list of layers."""
+    layers: list[nn.Module]
+
+    def resolve(self, indices: Sequence[int] | None) -> list[int]:
+        """Turn layer indices, negative ones counting from the end, into a sorted list; None means the default layer.
+
+        Raises:
+            InputError: an index out of range.
+        """
+        depth = len(self.layers)
+        if indices is None:
+            return [depth * _PAPER_DEPTH[0] // _PAPER_DEPTH[1]]
+        for index in indices:
+            if not -depth <= index < depth:
+                raise InputError(
+                    f"--target_layers: expected layers from {-depth} to {depth - 1} ({self.path} has {depth} layers), "
+                    f"got {index}"
+                )
+        return sorted({index % depth for index in indices})
+
+    def linear_pattern(self, count: int) -> str:
+        """Regular expression that fully matches the paths of all linear projections in the first `count` layers.
+
+        Raises:
+            InputError: these layers have no linear projection.
+        """
+        names = {
+            name for layer in self.layers[:count] for name, part in layer.named_modules() if isinstance(part, nn.Linear)
+        }
+        if not names:
+            raise InputError(f"no torch.nn.Linear in {self.path}: expected layers with linear projections to adapt")
+        numbers = "|".join(str(index) for index in range(count))
+        return rf"{re.escape(self.path)}\.({numbers})\.({'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def find_layers(model: nn.Module, layers_path: str | None = None) -> LayerStack:
+    """Find the layers by structure: the one `nn.ModuleList` with as many entries as the config says there are layers.
+
+    Args:
+        model: a transformers model, wrapped by peft or not.
+        layers_path: dotted path from the (unwrapped) model to the list, where structure does not decide.
+
+    Raises:
+        InputError: no list, or more than one, has that length; or `layers_path` leads to something else.
+    """
+    root = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(root).__name__
+    lists = {path: part for path, part in root.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 0}
+    seen = ", ".join(f"{path} ({len(part)})" for path, part in lists.items()) or "none"
+    if layers_path is not None:
+        if layers_path not in lists:
+            raise InputError(
+                f"--layers_path: expected the path of a non-empty nn.ModuleList in {name}, got {layers_path!r}; "
+                f"it has {seen}"
+            )
+        return LayerStack(root, layers_path, list(lists[layers_path]))
+
+    depth = getattr(root.config.get_text_config(), "num_hidden_layers", None)
+    found = [path for path, part in lists.items() if len(part) == depth]
+    # A list inside a layer, such as its experts, may happen to have that length too.
+    found = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    if len(found) != 1:
+        raise InputError(
+            f"{name} has {'no list' if not found else 'more than one list'} of {depth} layers "
+            f"(config.num_hidden_layers); expected exactly one. Name it with --layers_path. Its lists: {seen}"
+        )
+    return LayerStack(root, found[0], list(lists[found[0]]))
+
+
+def has_lm_head(stack: LayerStack) -> bool:
+    """Whether the model predicts tokens."""
+    return stack.root.get_output_embeddings() is not None
+
+
+@dataclass
+class HiddenStates:
+    """What one forward pass of R rows and T tokens leaves behind."""
+
+    embeddings: Tensor
+    """[R, T, D] input of the first layer."""
+    layers: list[Tensor] = field(default_factory=list)
+    """Output of every layer, each [R, T, D]."""
+    logits: Tensor | None = None
+    """[K, V] at the K chosen tokens, in row order; None where none were asked for."""
+
+    def all(self) -> list[Tensor]:
+        """Embeddings and every layer."""
+        return [self.embeddings, *self.layers]
+
+
+def forward_states(
+    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, logits_at: Tensor | None = None
+) -> HiddenStates:
+    """Run `model` once and return its hidden states.
+
+    Args:
+        model: the model of `stack` in whatever wrapping (peft, DistributedDataParallel).
+        inputs: keyword arguments of the model: `input_ids` and `attention_mask` (R, T), and what else it takes.
+        stack: its layers.
+        logits_at: (R, T) bool, the tokens whose logits are wanted. Only these go through the head: at 128k tokens of
+            vocabulary it is a good part of the pass, and padding and second views have no use for it.
+    """
+    captured: dict[int, Tensor] = {}
+    embeddings: list[Tensor] = []
+    logits: list[Tensor] = []
+    rows = inputs["attention_mask"].shape
+
+    def on_first_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embeddings.append(args[0] if args else kwargs["hidden_states"])
+
+    def on_layer(index: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            captured[index] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    def on_head_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        chosen = inputs["attention_mask"].new_zeros(rows).bool() if logits_at is None else logits_at
+        return (args[0][chosen], *args[1:])
+
+    def on_output(_: nn.Module, __: Any, output: Any) -> Tensor:
+        logits.extend([] if logits_at is None else [output.logits])
+        # Mixed precision turns what a model returns into float32: the logits must not get there. The deepest hidden
+        # state still shows wrappers the whole graph of the trained parameters.
+        return captured[len(stack.layers) - 1]
+
+    with ExitStack() as hooks:
+        hooks.callback(stack.layers[0].register_forward_pre_hook(on_first_input, with_kwargs=True).remove)
+        for index, layer in enumerate(stack.layers):
+            hooks.callback(layer.register_forward_hook(on_layer(index)).remove)
+        head = stack.root.get_output_embeddings()
+        if head is not None:
+            hooks.callback(head.register_forward_pre_hook(on_head_input).remove)
+        hooks.callback(stack.root.register_forward_hook(on_output).remove)
+        model(**inputs)
+
+    layers = [captured[index] for index in range(len(stack.layers))]
+    for index, states in enumerate(layers):
+        if states.shape[:2] != rows:
+            raise RuntimeError(
+                f"layer {index} of {stack.path} gave states of shape {tuple(states.shape)}; expected (rows, tokens, "
+                f"features) with rows and tokens {tuple(rows)}"
+            )
+    return HiddenStates(embeddings[0], layers, logits[0] if logits else None)
+
+
+def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The state at the last real token of every row, wherever the padding is.
+
+    Args:
+        states: [R, T, D].
+        attention_mask: (R, T), nonzero at real tokens; every row has one.
+
+    Returns:
+        [R, D].
+    """
+    length = attention_mask.shape[1]
+    from_the_end = attention_mask.flip(1).bool().int().argmax(dim=1)  # (R,): argmax gives the first of the ones
+    return states[range(len(states)), length - 1 - from_the_end]  # [R, D]
+
+
+@contextmanager
+def base_model_of(model: PeftModel) -> Iterator[None]:
+    """Inside, `model` is the base model: adapter disabled and no dropout."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,310 @@
+"""The SEER training step on top of transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from seer.config import SeerConfig
+from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
+from seer.errors import InputError
+from seer.evaluation import Encoding, Separation, encode, separation
+from seer.layers import base_model_of, find_layers, forward_states, has_lm_head, last_token
+from seer.losses import disentangle_loss, kl_to_base, retain_loss
+from seer.prototypes import Prototypes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Held-out samples under the base model (before) and the adapted one (after)."""
+
+    prototypes: Prototypes
+    """Of the adapted model, from the training samples."""
+    encoding: Encoding
+    """Of the held-out samples."""
+    before: dict[int, Separation]
+    """Layer -> values of the base model, with prototypes of its own."""
+    after: dict[int, Separation]
+    """Layer -> values of the adapted model."""
+
+
+class SeerTrainer(Trainer):
+    """Trains a LoRA adapter so that hidden states gather by concept while the model stays as it was.
+
+    A step of B pairs is one forward pass of the adapted model over 2 B rows (3 B with retain texts) and one of the base
+    model, which is the same model with its adapter disabled, over B rows.
+
+    Args:
+        model: any transformers model; it is wrapped with LoRA in place. A model that peft already wraps is used with
+            the adapter it has.
+        args: the options.
+        train_dataset: texts by concept, two or more of each.
+        processing_class: the model's tokenizer.
+        eval_dataset: held-out texts of the same concepts, for `measure` and `evaluate`.
+        retain_dataset: texts on which the model must stay as it was; by default the first text of every pair.
+        callbacks: further callbacks.
+
+    Raises:
+        InputError: layers not found or out of range, no head for the KL term, a concept with a single sample.
+    """
+
+    args: SeerConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SeerConfig,
+        train_dataset: ConceptDataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: ConceptDataset | None = None,
+        retain_dataset: TextDataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise InputError(
+                f"expected one GPU per process, got {args.n_gpu}: start with `accelerate launch` or torchrun, or set "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        train_dataset.require_pairs()
+        self.stack = find_layers(model, args.layers_path)
+        self.target_layers = self.stack.resolve(args.target_layers)
+        if args.kl_weight > 0 and not has_lm_head(self.stack):
+            raise InputError(
+                f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
+                f"{args.kl_weight}"
+            )
+        if retain_dataset is None and (args.retain_weight > 0 or args.kl_weight > 0):
+            logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
+
+        set_seed(args.seed)
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, self._lora_config(args))
+
+        limits = (args.max_length, processing_class.model_max_length, _window(self.stack.root))
+        self._max_length = min(limit for limit in limits if limit is not None)
+        pad_token_id = processing_class.pad_token_id
+        self._pad_token_id = 0 if pad_token_id is None else pad_token_id  # masked, so any token will do
+        rows = tokenize(processing_class, train_dataset.texts, self._max_length)
+        retain_rows = retain_dataset and tokenize(processing_class, retain_dataset.texts, self._max_length)
+        self._sampler = PairSampler(
+            train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
+        )
+        self._concept_names = train_dataset.names
+        self._term_sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(self._pad_token_id),
+            train_dataset=PairDataset(rows, train_dataset.concept_ids, retain_rows),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
+        )
+        # The loss is a mean over the batch: the Trainer must divide it by the number of accumulated batches.
+        self.model_accepts_loss_kwargs = False
+
+    def _lora_config(self, args: SeerConfig) -> LoraConfig:
+        return LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
+            task_type="CAUSAL_LM" if has_lm_head(self.stack) else "FEATURE_EXTRACTION",
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
+        args = self.args
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=self._sampler,
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """L = disentangle_weight L_d + retain_weight L_r + kl_weight L_kl of a batch that a PairCollator made.
+
+        Args:
+            model: the adapted model as the Trainer wrapped it.
+            inputs: `concept_ids` (B,) and model inputs of 2 B or 3 B rows: first texts, second texts, retain texts.
+            return_outputs: also return the terms.
+            num_items_in_batch: not used.
+        """
+        args = self.args
+        inputs = dict(inputs)
+        concept_ids = inputs.pop("concept_ids")
+        pairs = len(concept_ids)
+        mask = inputs["attention_mask"].bool()  # [R, T]
+        retain = slice(2 * pairs, None) if len(mask) > 2 * pairs else slice(0, pairs)
+        retain_mask = mask[retain]
+        terms: dict[str, Tensor] = {}
+
+        if args.retain_weight > 0 or args.kl_weight > 0:
+            with torch.no_grad(), base_model_of(self.accelerator.unwrap_model(model)):
+                reference = forward_states(
+                    model,
+                    {name: values[retain] for name, values in inputs.items()},
+                    self.stack,
+                    retain_mask if args.kl_weight > 0 else None,
+                )
+        logits_at = torch.zeros_like(mask)
+        logits_at[retain] = retain_mask
+        adapted = forward_states(model, inputs, self.stack, logits_at if args.kl_weight > 0 else None)
+
+        targets = torch.stack([last_token(adapted.layers[layer], mask) for layer in self.target_layers])  # [L, R, D]
+        terms["L_d"], statistics = disentangle_loss(
+            targets[:, :pairs],
+            targets[:, pairs : 2 * pairs],
+            concept_ids,
+            temperature=args.temperature,
+            same_label=args.same_label,
+        )
+        loss = args.disentangle_weight * terms["L_d"]
+        if args.retain_weight > 0:
+            terms["L_r"] = retain_loss(
+                [states[retain] for states in adapted.all()],
+                reference.all(),
+                retain_mask,
+                normalization=args.retain_normalization,
+                layer_share=len(self.target_layers) / (max(self.target_layers) + 1),
+            )
+            loss = loss + args.retain_weight * terms["L_r"]
+        if args.kl_weight > 0:
+            terms["L_kl"] = kl_to_base(adapted.logits, reference.logits)
+            loss = loss + args.kl_weight * terms["L_kl"]
+
+        terms["positive_similarity"] = statistics.positive_similarity
+        terms["negative_similarity"] = statistics.negative_similarity
+        terms = {name: value.detach() for name, value in terms.items()}
+        if model.training:
+            for name, value in terms.items():
+                self._term_sums[name] = self._term_sums.get(name, 0) + value
+            self._steps_summed += 1
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every loss term since the last log to the Trainer's own entry."""
+        if "loss" in logs and self._steps_summed:
+            means = torch.stack([*self._term_sums.values()]) / self._steps_summed
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs.update({name: round(mean, 4) for name, mean in zip(self._term_sums, means.tolist(), strict=True)})
+            self._term_sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    def prototypes(self) -> Prototypes:
+        """Concept prototypes of the adapted model, from the training samples."""
+        return self._make_prototypes(self._encode_training().after)
+
+    def measure(self, dataset: ConceptDataset | None = None) -> Measurement:
+        """Compare the base model with the adapted one on held-out samples, by default on `eval_dataset`."""
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None:
+            raise InputError("expected held-out samples to measure: pass a dataset, or eval_dataset to the trainer")
+        training = self._encode_training()
+        rows = tokenize(self.processing_class, dataset.texts, self._max_length)
+        held_out = self._encode(rows, with_kl=has_lm_head(self.stack))
+        concept_ids = torch.from_numpy(dataset.concept_ids)
+
+        def separations(states: dict[int, Tensor], prototypes: Prototypes) -> dict[int, Separation]:
+            return {layer: separation(states[layer], concept_ids, prototypes, layer) for layer in self.target_layers}
+
+        prototypes = self._make_prototypes(training.after)
+        return Measurement(
+            prototypes=prototypes,
+            encoding=held_out,
+            before=separations(held_out.before, self._make_prototypes(training.before)),
+            after=separations(held_out.after, prototypes),
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: ConceptDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the adapted model on held-out samples; every value is the mean over target layers.
+
+        Returns:
+            `<prefix>_same_concept_cosine`, `<prefix>_different_concept_cosine`, `<prefix>_nearest_prototype_accuracy`
+            and, for a model with a language-model head, `<prefix>_kl_to_base` in nats per token.
+        """
+        measurement = self.measure(eval_dataset)
+        by_layer = [asdict(values) for values in measurement.after.values()]
+        metrics = {
+            f"{metric_key_prefix}_{name}": sum(values[name] for values in by_layer) / len(by_layer)
+            for name in by_layer[0]
+        }
+        if measurement.encoding.kl is not None:
+            metrics[f"{metric_key_prefix}_kl_to_base"] = measurement.encoding.kl
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _encode_training(self) -> Encoding:
+        return self._encode(self.train_dataset.rows)
+
+    def _encode(self, rows: list[list[int]], with_kl: bool = False) -> Encoding:
+        return encode(
+            self.accelerator.unwrap_model(self.model),
+            rows,
+            stack=self.stack,
+            layers=self.target_layers,
+            pad_token_id=self._pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+            with_kl=with_kl,
+        )
+
+    def _make_prototypes(self, training_states: dict[int, Tensor]) -> Prototypes:
+        concept_ids = torch.from_numpy(self.train_dataset.concept_ids)
+        return Prototypes.from_representations(training_states, concept_ids, self._concept_names)
+
+
+class _SetPairEpoch(TrainerCallback):
+    """Tells the sampler the epoch, which after a resume is not the first."""
+
+    def __init__(self, sampler: PairSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can take at once, where its config says so."""
+    window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return window
