@@ -41,7 +41,7 @@ def _native_status() -> BackendStatus:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The backends by name, with the devices that each serves on this machine and the reason for each that is missing."""
+    """The backends by name: the devices that each serves on this machine, and why others are missing."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     status = {"reference": BackendStatus("reference", devices, ""), "native": _native_status()}
     return {name: status[name] for name in BACKENDS}

@@ -100,7 +100,7 @@ def info_nce(
         key: (..., M, D) with M >= N, same dtype and device. A row of zeros has similarity 0 to everything and gets no
             gradient.
         temperature: positive float, or 0-d tensor, which may require grad.
-        query_labels: integer labels that broadcast to (..., N). Needs `key_labels` where M > N; else they default to it.
+        query_labels: integer labels that broadcast to (..., N), also the keys' labels where M = N and none are given.
         key_labels: integer labels that broadcast to (..., M).
         same_label: what a key with the query's label is, its own pair apart: `"negative"`, `"ignore"` (leaves the
             denominator) or `"positive"`. Without labels only the own pair is positive and all other keys are negatives.
@@ -150,6 +150,8 @@ def info_nce(
         _checks.check_temperature_value(temperature)
         temperature = torch.tensor(temperature, dtype=accumulate)
     want_gradients = torch.is_grad_enabled()
+    loss: Tensor
+    statistics: list[Tensor]
     loss, *statistics = _contrastive(
         query.reshape(problems, n, query.shape[-1]),
         key.reshape(problems, m, key.shape[-1]),
@@ -166,7 +168,7 @@ def info_nce(
         want_gradients and key.requires_grad,
         want_gradients and temperature.requires_grad,
     )[:4]
-    loss = loss.reshape(*leading, n) if reduction == "none" else loss.reshape(leading)
+    loss = loss.reshape((*leading, n) if reduction == "none" else leading)
     if not return_stats:
         return loss
     return loss, ContrastiveStatistics(*(s.detach().reshape(leading) for s in statistics))
@@ -236,8 +238,8 @@ def _contrastive(
     key_gradient: bool,
     temperature_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [P] or [P, N], three statistics [P]; then, for the backward pass, the sum of weights that the mean divides
-    by [P] and the gradients of the weighted sum (empty where not asked for, or where `reduction="none"` rules them out).
+    """Loss [P] or [P, N] and three statistics [P]; then, for the backward pass, the sum of weights that the mean
+    divides by [P] and the gradients of the weighted sum (empty where not asked for, and with `reduction="none"`).
     """
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     problem = _problem(query, key, temperature, query_labels, key_labels, weights, same_label, normalize)
@@ -266,7 +268,8 @@ def _contrastive(
     else:
         scale = torch.ones_like(scale)
     # An operator returns tensors only, and no tensor twice: an empty one stands for what was not asked for.
-    return (loss, *statistics, scale, *(scale.new_empty(0) if g is None else g for g in gradients))
+    query_gradient_, key_gradient_, temperature_gradient_ = (scale.new_empty(0) if g is None else g for g in gradients)
+    return loss, *statistics, scale, query_gradient_, key_gradient_, temperature_gradient_
 
 
 def _no_rows(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -319,10 +322,12 @@ def _scale(
     query_gradient: Tensor, key_gradient: Tensor, temperature_gradient: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that the forward pass formed, times what arrived for each problem (`scale` [P]), in `dtype`."""
-    return tuple(  # type: ignore[return-value]
-        (g * scale.view(-1, *[1] * (g.dim() - 1))).to(dtype) if g.numel() else g.to(dtype, copy=True)
-        for g in (query_gradient, key_gradient)
-    ) + ((temperature_gradient * scale).sum() if temperature_gradient.numel() else temperature_gradient.clone(),)
+
+    def scaled(gradient: Tensor) -> Tensor:  # [P, rows, D], or [0] where it was not formed
+        return (gradient * scale.view(-1, 1, 1) if gradient.numel() else gradient.clone()).to(dtype)
+
+    temperature_gradient = (temperature_gradient * scale).sum() if temperature_gradient.numel() else scale.new_empty(0)
+    return scaled(query_gradient), scaled(key_gradient), temperature_gradient
 
 
 @_scale.register_fake

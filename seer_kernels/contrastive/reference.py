@@ -55,7 +55,7 @@ def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[R
     positive, negative = _pair_masks(problem)
     rows, probability = _rows(similarity, positive, negative, temperature)
 
-    target = positive / positive.sum(-1, keepdim=True).clamp(min=1)
+    target = positive.to(problem.dtype) / positive.sum(-1, keepdim=True).clamp(min=1)
     slope = (probability - target) * (row_gradient / temperature).unsqueeze(-1)  # d total / d similarity, [P, N, M]
     query_gradient = _unit_rows_gradient(slope @ key, query, problem.query, problem) if wanted.query else None
     key_gradient = _unit_rows_gradient(slope.mT @ query, key, problem.key, problem) if wanted.key else None
@@ -64,7 +64,7 @@ def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[R
 
 
 def _rows(similarity: Tensor, positive: Tensor, negative: Tensor, temperature: Tensor) -> tuple[RowResults, Tensor]:
-    """The row results, and the softmax of each row over its positives and negatives (zeros where there is no positive)."""
+    """The row results, and the softmax of each row over its positives and negatives; zeros without a positive."""
     positives, negatives = positive.sum(-1), negative.sum(-1)
     valid = positives > 0
     has_negative = valid & (negatives > 0)
