@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from seer_kernels._checks import check_choice, check_scalar, check_temperature_value
+from seer_kernels._dispatch import BACKENDS
 from seer_kernels.contrastive import info_nce
 from seer_kernels.contrastive.functional import REDUCTIONS
 from seer_kernels.contrastive.problem import SAME_LABEL
@@ -32,6 +33,7 @@ class InfoNCELoss(nn.Module):
         check_temperature_value(temperature)
         check_choice("same_label", same_label, SAME_LABEL)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.temperature = temperature
         self.same_label = same_label
         self.normalize = normalize

@@ -130,6 +130,7 @@ def info_nce(
     _checks.check_scalar("temperature", temperature)
     _checks.check_choice("same_label", same_label, SAME_LABEL)
     _checks.check_choice("reduction", reduction, REDUCTIONS)
+    _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
     leading, n, m, device = query.shape[:-2], query.shape[-2], key.shape[-2], query.device
     if key_labels is not None and query_labels is None:
         raise ValueError("key_labels were given without query_labels; give both")
@@ -162,7 +163,7 @@ def info_nce(
         same_label,
         normalize,
         reduction,
-        _dispatch.choose(backend, device),
+        backend,
         validate,
         want_gradients and query.requires_grad,
         want_gradients and key.requires_grad,
@@ -249,7 +250,7 @@ def _contrastive(
         rows, gradients = _no_rows(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            rows, gradients = _BACKENDS[backend].forward(problem, wanted)
+            rows, gradients = _BACKENDS[_dispatch.choose(backend, query.device)].forward(problem, wanted)
 
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
@@ -364,7 +365,8 @@ def _recompute(
         gradients = _no_rows(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
-            gradients = _BACKENDS[backend].backward(problem, row_gradient.contiguous(), wanted)
+            chosen = _BACKENDS[_dispatch.choose(backend, query.device)]
+            gradients = chosen.backward(problem, row_gradient.contiguous(), wanted)
     return (
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),
