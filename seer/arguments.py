@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,13 +94,16 @@ class _Parser(HfArgumentParser):
             formatter.end_section()
         others = sorted(set(by_name) - {name for names in _SECTIONS.values() for name in names} - {"help"})
         formatter.start_section("also, as documented for transformers.TrainingArguments")
-        formatter.add_text(", ".join(others))
+        formatter.add_text(textwrap.fill(", ".join(others), shutil.get_terminal_size().columns - 4))
         formatter.end_section()
         return formatter.format_help()
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, keeps the description's lines, and one spelling of every flag."""
+    """Shows the defaults there are, keeps the description's lines, and one spelling of every flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = action.option_strings[0]
@@ -117,7 +122,11 @@ def parse_training_arguments(argv: Sequence[str]) -> SeerConfig:
         SystemExit: after `--help`.
     """
     parser = _Parser(
-        SeerConfig, prog="seer train", description=_DESCRIPTION, formatter_class=_HelpFormatter, allow_abbrev=False
+        SeerConfig,  # type: ignore[arg-type]  # transformers names a type of its own for data classes
+        prog="seer train",
+        description=_DESCRIPTION,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     names = [field.name for field in dataclasses.fields(SeerConfig) if field.init]
     arguments = list(argv)

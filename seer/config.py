@@ -30,6 +30,7 @@ class SeerConfig(TrainingArguments):
         InputError: a value out of its range; the message names the option.
     """
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for everything that the run writes."})
     model: str | None = field(default=None, metadata={"help": "Model to train: a local folder or a name on the Hub."})
     data: str | None = field(
         default=None,
@@ -130,9 +131,6 @@ class SeerConfig(TrainingArguments):
         default=50, metadata={"help": "Write a checkpoint, from which a killed run continues, every so many steps."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Experiment trackers to report to, such as tensorboard or wandb."}
-    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
     # Every adapter parameter gets a gradient in every step, so the search for unused ones is wasted.
     ddp_find_unused_parameters: bool | None = field(
@@ -140,7 +138,11 @@ class SeerConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # Before transformers fills in what it derives, a value that is not the default is one that somebody gave.
+        self._given = {f.name for f in dataclasses.fields(self) if f.init and _differs(getattr(self, f.name), f)}
+        if self.output_dir is None:
+            raise InputError("--output_dir: expected a folder, got none")
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name in ("disentangle_weight", "retain_weight", "kl_weight"):
             _check(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
         _check(self.temperature > 0, "temperature", "a number > 0", self.temperature)
@@ -154,14 +156,13 @@ class SeerConfig(TrainingArguments):
             _check(len(self.target_layers) > 0, "target_layers", "at least one layer", self.target_layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the options as YAML that `seer train PATH` accepts: those of this class and what else was changed."""
-        unchanged = SeerConfig(output_dir=self.output_dir)
-        always = {"output_dir", "seed", *SeerConfig.__annotations__}
-        values = {
-            f.name: _plain(getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if f.init and (f.name in always or getattr(self, f.name) != getattr(unchanged, f.name))
-        }
+        """Write the options as YAML that `seer train PATH` accepts: those of this class and what else was given.
+
+        What concerns one start only, `overwrite_output_dir` and `resume_from_checkpoint`, is left out.
+        """
+        wanted = {"output_dir", "seed", *SeerConfig.__annotations__, *self._given}
+        wanted -= {"overwrite_output_dir", "resume_from_checkpoint"}
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
         with atomic_path(path) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -169,6 +170,15 @@ class SeerConfig(TrainingArguments):
 def _check(condition: bool, option: str, expected: str, value: object) -> None:
     if not condition:
         raise InputError(f"--{option}: expected {expected}, got {value!r}")
+
+
+def _differs(value: Any, option: dataclasses.Field[Any]) -> bool:
+    """Whether an option has another value than its default; "off" has several spellings."""
+    default = option.default
+    if option.default_factory is not dataclasses.MISSING:
+        default = option.default_factory()
+    off = (None, False, "", "no", "none", [])
+    return bool(value != default) and not (value in off and default in off)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from seer.data import pad_rows
-from seer.layers import LayerStack, base_model_of, forward_states, last_token
+from seer.layers import LayerStack, base_model_of, forward_states, last_token, without_dropout
 from seer.losses import kl_to_base
 from seer.prototypes import Prototypes
 
@@ -32,10 +32,10 @@ class Encoding:
 class Separation:
     """How well the representations of one layer separate concepts."""
 
-    same_concept_cosine: float
-    """Mean cosine over all pairs of different samples of one concept; NaN if there are none."""
-    different_concept_cosine: float
-    """Mean cosine over all pairs of different concepts; NaN if there are none."""
+    same_concept_cosine: float | None
+    """Mean cosine over all pairs of different samples of one concept; None if there are none."""
+    different_concept_cosine: float | None
+    """Mean cosine over all pairs of different concepts; None if there are none."""
     nearest_prototype_accuracy: float
     """Share of samples whose nearest prototype is their concept's."""
 
@@ -67,8 +67,6 @@ def encode(
     before: list[Tensor] = []
     after: list[Tensor] = []
     divergence, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
     for start in range(0, len(rows), batch_size):
         batch = pad_rows([rows[index] for index in longest_first[start : start + batch_size]], pad_token_id)
         inputs = {name: values.to(device) for name, values in batch.items()}
@@ -76,13 +74,13 @@ def encode(
         logits_at = mask.bool() if with_kl else None
         with base_model_of(model):
             reference = forward_states(model, inputs, stack, logits_at)
-        adapted = forward_states(model, inputs, stack, logits_at)
+        with without_dropout(model):
+            adapted = forward_states(model, inputs, stack, logits_at)
         for states, collected in ((reference, before), (adapted, after)):
             collected.append(torch.stack([last_token(states.layers[layer], mask) for layer in layers]).float().cpu())
         if adapted.logits is not None and reference.logits is not None:
             divergence += float(kl_to_base(adapted.logits, reference.logits)) * len(adapted.logits)
             tokens += len(adapted.logits)
-    model.train(was_training)
 
     in_order = torch.tensor(longest_first).argsort()
 
@@ -102,14 +100,18 @@ def separation(states: Tensor, concept_ids: Tensor, prototypes: Prototypes, laye
         layer: which prototypes to compare with.
     """
     directions = normalize(states.double(), dim=-1)
-    sizes = torch.bincount(concept_ids).double()
+    sizes = torch.bincount(concept_ids)
     sums = directions.new_zeros(len(sizes), states.shape[-1]).index_add_(0, concept_ids, directions)  # [C, D]
     # Sums over ordered pairs follow from sums of vectors: sum_ij z_i . z_j = |sum_i z_i|^2.
-    all_pairs, same_pairs = len(states) ** 2, sizes.square().sum()
-    all_cosines, same_cosines = sums.sum(0).square().sum(), sums.square().sum()
+    all_cosines, same_cosines = float(sums.sum(0).square().sum()), float(sums.square().sum())
+    samples, same_pairs = len(states), int(sizes.square().sum())
     nearest = prototypes.similarity(layer, states).argmax(-1)
     return Separation(
-        same_concept_cosine=float((same_cosines - len(states)) / (same_pairs - len(states))),
-        different_concept_cosine=float((all_cosines - same_cosines) / (all_pairs - same_pairs)),
+        same_concept_cosine=_mean(same_cosines - samples, same_pairs - samples),
+        different_concept_cosine=_mean(all_cosines - same_cosines, samples**2 - same_pairs),
         nearest_prototype_accuracy=float((nearest == concept_ids).double().mean()),
     )
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None

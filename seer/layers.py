@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LayerStack:
         return rf"{re.escape(self.path)}\.({numbers})\.({'|'.join(re.escape(name) for name in sorted(names))})"
 
 
-def find_layers(model: nn.Module, layers_path: str | None = None) -> LayerStack:
+def find_layers(model: PreTrainedModel | PeftModel, layers_path: str | None = None) -> LayerStack:
     """Find the layers by structure: the one `nn.ModuleList` with as many entries as the config says there are layers.
 
     Args:
@@ -69,7 +69,7 @@ def find_layers(model: nn.Module, layers_path: str | None = None) -> LayerStack:
     Raises:
         InputError: no list, or more than one, has that length; or `layers_path` leads to something else.
     """
-    root = model.get_base_model() if isinstance(model, PeftModel) else model
+    root = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     name = type(root).__name__
     lists = {path: part for path, part in root.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 0}
     seen = ", ".join(f"{path} ({len(part)})" for path, part in lists.items()) or "none"
@@ -93,9 +93,10 @@ def find_layers(model: nn.Module, layers_path: str | None = None) -> LayerStack:
     return LayerStack(root, found[0], list(lists[found[0]]))
 
 
-def has_lm_head(stack: LayerStack) -> bool:
-    """Whether the model predicts tokens."""
-    return stack.root.get_output_embeddings() is not None
+def lm_head(stack: LayerStack) -> nn.Module | None:
+    """The projection onto the vocabulary, or None where the model predicts no tokens."""
+    head: nn.Module | None = stack.root.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
 
 
 @dataclass
@@ -154,7 +155,7 @@ def forward_states(
         hooks.callback(stack.layers[0].register_forward_pre_hook(on_first_input, with_kwargs=True).remove)
         for index, layer in enumerate(stack.layers):
             hooks.callback(layer.register_forward_hook(on_layer(index)).remove)
-        head = stack.root.get_output_embeddings()
+        head = lm_head(stack)
         if head is not None:
             hooks.callback(head.register_forward_pre_hook(on_head_input).remove)
         hooks.callback(stack.root.register_forward_hook(on_output).remove)
@@ -186,13 +187,19 @@ def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def base_model_of(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the base model: adapter disabled and no dropout."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every part of `model` is in evaluation mode; afterwards each is in its own mode again."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def base_model_of(model: PeftModel) -> Iterator[None]:
+    """Inside, `model` is the base model: adapter disabled and no dropout."""
+    with without_dropout(model), model.disable_adapter():
+        yield

@@ -74,8 +74,10 @@ def retain_loss(
     )  # [L + 1, B, T]
     per_token = torch.linalg.vector_norm(per_layer.masked_fill(~mask, 0.0), dim=0)  # [B, T]
     if normalization == "token":
-        return per_token[mask].mean()
-    return torch.linalg.vector_norm(per_token, dim=-1).mean() * (layer_share / 100)
+        mean: Tensor = per_token.sum() / mask.sum()
+        return mean
+    per_example: Tensor = torch.linalg.vector_norm(per_token, dim=-1)  # [B]
+    return per_example.mean() * (layer_share / 100)
 
 
 def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -91,8 +93,8 @@ def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
     Returns:
         0-d, float32 (float64 for float64 logits).
     """
-    result: Tensor = _ChunkedKL.apply(logits, reference_logits)  # type: ignore[no-untyped-call]
-    return result
+    loss: Tensor = _ChunkedKL.apply(logits, reference_logits)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -111,7 +113,7 @@ class _ChunkedKL(torch.autograd.Function):
         return total / len(logits)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, reference_logits = ctx.saved_tensors
         result = torch.empty_like(logits)
@@ -124,4 +126,4 @@ class _ChunkedKL(torch.autograd.Function):
 def _chunks(*tensors: Tensor) -> Any:
     """Walk through [K, V] tensors side by side, a few rows at a time."""
     rows = max(1, _CHUNK_ELEMENTS // tensors[0].shape[1])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

@@ -53,7 +53,7 @@ class Prototypes:
         return normalize(states.float(), dim=-1) @ self.layers[layer].to(states.device).T
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: one tensor `layer.<l>` per layer; metadata `concepts` and `layers` as JSON lists."""
+        """Write a safetensors file: a tensor `layer.<l>` per layer; metadata `concepts`, `layers` as JSON lists."""
         tensors = {f"layer.{layer}": rows.contiguous().cpu() for layer, rows in self.layers.items()}
         metadata = {"concepts": json.dumps(self.concepts, ensure_ascii=False), "layers": json.dumps([*self.layers])}
         with atomic_path(path) as temporary:

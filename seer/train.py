@@ -108,7 +108,7 @@ def run_training(
         raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
 
     trainer = SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain_dataset)
-    output_dir = Path(config.output_dir)
+    output_dir = Path(str(config.output_dir))
     if config.should_save:
         config.save(output_dir / "config.yaml")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -157,9 +157,10 @@ def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     dtype = torch.bfloat16 if config.bf16 or _accelerator_has_bfloat16(config.device) else torch.float32
     try:
         model_config = AutoConfig.from_pretrained(config.model)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        is_causal = causal is not None and causal.__name__ in (model_config.architectures or [causal.__name__])
-        auto = AutoModelForCausalLM if is_causal else AutoModel
+        causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+        names = {getattr(causal_class, "__name__", None)} - {None}
+        causal = bool(names & set(model_config.architectures or names))
+        auto = AutoModelForCausalLM if causal else AutoModel
         return auto.from_pretrained(config.model, dtype=dtype), AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise InputError(
@@ -179,7 +180,7 @@ def _checkpoint_to_resume(config: SeerConfig) -> str | None:
         return None
     if wanted.lower() == "true":
         folders = sorted(
-            Path(config.output_dir).glob("checkpoint-*"),
+            Path(str(config.output_dir)).glob("checkpoint-*"),
             key=lambda folder: int(folder.name.split("-")[1]),
             reverse=True,
         )
@@ -212,7 +213,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
     """Make the output folder; refuse one that holds another run, or clear it of that run if so told."""
-    output_dir = Path(config.output_dir)
+    output_dir = Path(str(config.output_dir))
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir: expected a folder, got the file {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
     if not config.overwrite_output_dir:
         raise InputError(
             f"--output_dir: expected a folder without another run, got {output_dir} with {earlier[0].name}; choose "
-            "another one, or --overwrite_output_dir true, or --resume_from_checkpoint true"
+            "another one, or --overwrite_output_dir, or --resume_from_checkpoint true"
         )
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -234,7 +235,7 @@ def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(temporary, save_embedding_layers=False)  # they are never trained
-        trainer.processing_class.save_pretrained(temporary)
+        trainer.tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)
 
@@ -259,7 +260,11 @@ def _table(measurement: Measurement, samples: int) -> Table:
     for layer, before in measurement.before.items():
         after = asdict(measurement.after[layer])
         for name, value in asdict(before).items():
-            table.add_row(str(layer), name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}")
+            table.add_row(str(layer), name.replace("_", " "), _number(value), _number(after[name]))
     if measurement.encoding.kl is not None:
-        table.add_row("", "KL to the base model, nats per token", "0.000", f"{measurement.encoding.kl:.3f}")
+        table.add_row("", "KL to the base model, nats per token", _number(0.0), _number(measurement.encoding.kl))
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

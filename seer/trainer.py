@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import base_model_of, find_layers, forward_states, has_lm_head, last_token
+from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
 from seer.losses import disentangle_loss, kl_to_base, retain_loss
 from seer.prototypes import Prototypes
 
@@ -87,7 +87,7 @@ class SeerTrainer(Trainer):
         train_dataset.require_pairs()
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
-        if args.kl_weight > 0 and not has_lm_head(self.stack):
+        if args.kl_weight > 0 and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
                 f"{args.kl_weight}"
@@ -104,7 +104,11 @@ class SeerTrainer(Trainer):
         pad_token_id = processing_class.pad_token_id
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id  # masked, so any token will do
         rows = tokenize(processing_class, train_dataset.texts, self._max_length)
-        retain_rows = retain_dataset and tokenize(processing_class, retain_dataset.texts, self._max_length)
+        retain_rows = None
+        if retain_dataset is not None:
+            retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
+        self._pairs = PairDataset(rows, train_dataset.concept_ids, retain_rows)
+        self.tokenizer = processing_class
         self._sampler = PairSampler(
             train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
         )
@@ -115,7 +119,7 @@ class SeerTrainer(Trainer):
             model=model,
             args=args,
             data_collator=PairCollator(self._pad_token_id),
-            train_dataset=PairDataset(rows, train_dataset.concept_ids, retain_rows),
+            train_dataset=self._pairs,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
@@ -129,14 +133,14 @@ class SeerTrainer(Trainer):
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
-            task_type="CAUSAL_LM" if has_lm_head(self.stack) else "FEATURE_EXTRACTION",
+            task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
         args = self.args
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
+            self._pairs,
             batch_size=self._train_batch_size,
             sampler=self._sampler,
             collate_fn=self.data_collator,
@@ -146,7 +150,8 @@ class SeerTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
         )
-        return self.accelerator.prepare(loader)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def compute_loss(
         self,
@@ -202,7 +207,7 @@ class SeerTrainer(Trainer):
                 layer_share=len(self.target_layers) / (max(self.target_layers) + 1),
             )
             loss = loss + args.retain_weight * terms["L_r"]
-        if args.kl_weight > 0:
+        if adapted.logits is not None and reference.logits is not None:
             terms["L_kl"] = kl_to_base(adapted.logits, reference.logits)
             loss = loss + args.kl_weight * terms["L_kl"]
 
@@ -230,12 +235,13 @@ class SeerTrainer(Trainer):
 
     def measure(self, dataset: ConceptDataset | None = None) -> Measurement:
         """Compare the base model with the adapted one on held-out samples, by default on `eval_dataset`."""
-        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None and isinstance(self.eval_dataset, ConceptDataset):
+            dataset = self.eval_dataset
         if dataset is None:
             raise InputError("expected held-out samples to measure: pass a dataset, or eval_dataset to the trainer")
         training = self._encode_training()
-        rows = tokenize(self.processing_class, dataset.texts, self._max_length)
-        held_out = self._encode(rows, with_kl=has_lm_head(self.stack))
+        rows = tokenize(self.tokenizer, dataset.texts, self._max_length)
+        held_out = self._encode(rows, with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 
         def separations(states: dict[int, Tensor], prototypes: Prototypes) -> dict[int, Separation]:
@@ -249,7 +255,7 @@ class SeerTrainer(Trainer):
             after=separations(held_out.after, prototypes),
         )
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: ConceptDataset | None = None,
         ignore_keys: list[str] | None = None,
@@ -265,7 +271,8 @@ class SeerTrainer(Trainer):
         by_layer = [asdict(values) for values in measurement.after.values()]
         metrics = {
             f"{metric_key_prefix}_{name}": sum(values[name] for values in by_layer) / len(by_layer)
-            for name in by_layer[0]
+            for name, first in by_layer[0].items()
+            if first is not None
         }
         if measurement.encoding.kl is not None:
             metrics[f"{metric_key_prefix}_kl_to_base"] = measurement.encoding.kl
@@ -274,9 +281,9 @@ class SeerTrainer(Trainer):
         return metrics
 
     def _encode_training(self) -> Encoding:
-        return self._encode(self.train_dataset.rows)
+        return self._encode(self._pairs.rows)
 
-    def _encode(self, rows: list[list[int]], with_kl: bool = False) -> Encoding:
+    def _encode(self, rows: Sequence[list[int]], with_kl: bool = False) -> Encoding:
         return encode(
             self.accelerator.unwrap_model(self.model),
             rows,
@@ -288,7 +295,7 @@ class SeerTrainer(Trainer):
         )
 
     def _make_prototypes(self, training_states: dict[int, Tensor]) -> Prototypes:
-        concept_ids = torch.from_numpy(self.train_dataset.concept_ids)
+        concept_ids = torch.from_numpy(self._pairs.concept_ids)
         return Prototypes.from_representations(training_states, concept_ids, self._concept_names)
 
 

@@ -1,0 +1,175 @@
+"""Reading texts, what is refused and how it is said, and the drawing of pairs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seer import ConceptDataset, InputError, TextDataset
+from seer.data import PairCollator, PairDataset, PairSampler, Text, tokenize
+
+GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
+
+
+def write(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def test_csv_and_jsonl_give_the_same_texts(tmp_path: Path) -> None:
+    csv_file = write(tmp_path / "a.csv", 'prompt,response,concept,more\n"two\nlines","x, y",c1,\n\nä,b,c1,z\n')
+    rows = [
+        {"prompt": "two\nlines", "response": "x, y", "concept": "c1"},
+        {"prompt": "ä", "response": "b", "concept": "c1"},
+    ]
+    jsonl_file = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    from_csv, from_jsonl = ConceptDataset.load(csv_file), ConceptDataset.load(jsonl_file)
+    assert [text[:2] for text in from_csv.texts] == [("two\nlines", "x, y"), ("ä", "b")]
+    assert [text[:2] for text in from_jsonl.texts] == [text[:2] for text in from_csv.texts]
+    assert from_csv.concepts == from_jsonl.concepts == ["c1", "c1"]
+    assert [text.source for text in from_csv.texts] == [f"{csv_file}:2", f"{csv_file}:5"]
+    assert from_jsonl.texts[1].source == f"{jsonl_file}:2"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            "prompt,response\na,b\n",
+            r"a\.csv:2: missing column 'concept'; got columns \['prompt', 'response'\]",
+        ),
+        ("a.csv", "", r"a\.csv: expected at least one row, got an empty file"),
+        ("a.csv", "prompt,response,concept\n", r"a\.csv: expected at least one row"),
+        ("a.csv", GOOD + "e,f,\n", r"a\.csv:4: column concept: expected a name, got nothing"),
+        ("a.csv", GOOD + "e,f\n", r"a\.csv:4: expected 3 columns as in the header, got 2"),
+        ("a.csv", GOOD + " ,,x\n", r"a\.csv:4: expected some text, got nothing but white space"),
+        ("a.csv", GOOD + '"e,f,x\n', r"a\.csv:4: expected a row of comma-separated values"),
+        ("a.jsonl", '{"prompt": "a"}\n', r"a\.jsonl:1: missing column 'concept', 'response'; got columns \['prompt'\]"),
+        ("a.jsonl", "\n{,}\n", r"a\.jsonl:2: expected a JSON object"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: expected a JSON object, got '\[1\]'"),
+        ("a.jsonl", '{"prompt": "a", "response": 3, "concept": "x"}\n', r"a\.jsonl:1: column response: .*got 3"),
+        ("a.txt", GOOD, r"a\.txt: expected a name that ends in \.csv or \.jsonl"),
+    ],
+)
+def test_bad_files_name_file_and_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ConceptDataset.load(write(tmp_path / name, content))
+
+
+def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.csv: expected a file, got nothing there"):
+        ConceptDataset.load(str(tmp_path / "none.csv"))
+    (tmp_path / "latin.csv").write_bytes(GOOD.encode() + "é,b,x\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.csv: expected UTF-8 text"):
+        ConceptDataset.load(str(tmp_path / "latin.csv"))
+
+
+def test_concepts_are_checked_against_the_list(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", GOOD + "e,f,y\ng,h,y\n")
+    with pytest.raises(InputError, match=r"a\.csv:4: column concept: expected one of \['x', 'z'\], got 'y'"):
+        ConceptDataset.load(file, ["x", "z"])
+    assert ConceptDataset.load(file, ["y", "z", "x"]).names == ["y", "x"]
+
+
+def test_concept_with_a_single_sample_is_refused(tmp_path: Path) -> None:
+    dataset = ConceptDataset.load(write(tmp_path / "a.csv", GOOD + "e,f,y\n"))
+    with pytest.raises(InputError, match=r"a\.csv:4: expected two samples or more of concept 'y', got this one"):
+        dataset.split(0.2, seed=0)
+
+
+def test_retain_texts_may_be_plain(tmp_path: Path) -> None:
+    plain = TextDataset.load(write(tmp_path / "t.csv", "text\nhello there\n"))
+    assert plain[0][:2] == ("hello there", None)
+    chat = TextDataset.load(write(tmp_path / "c.csv", "prompt,response,concept\na,b,\n"))
+    assert chat[0][:2] == ("a", "b")
+    with pytest.raises(InputError, match=r"n\.csv:2: missing column 'prompt', 'response' \(or column 'text'\)"):
+        TextDataset.load(write(tmp_path / "n.csv", "words\nhello\n"))
+
+
+def test_split_is_stratified_and_decided_by_the_seed() -> None:
+    concepts = ["a"] * 20 + ["b"] * 10 + ["c"] * 3 + ["d"] * 2
+    dataset = ConceptDataset([Text(str(i), "r", str(i)) for i in range(35)], concepts)
+    training, held_out = dataset.split(0.2, seed=3)
+    assert held_out is not None
+    assert [held_out.concepts.count(name) for name in "abcd"] == [4, 2, 1, 0]
+    assert sorted(text.source for text in training.texts + held_out.texts) == sorted(str(i) for i in range(35))
+    assert held_out.names == training.names == ["a", "b", "c", "d"]
+    again = dataset.split(0.2, seed=3)[1]
+    other = dataset.split(0.2, seed=4)[1]
+    assert again is not None
+    assert other is not None
+    assert again.texts == held_out.texts
+    assert other.texts != held_out.texts
+    assert dataset.split(0.0, seed=3) == (dataset, None)
+
+
+def test_tokens_follow_the_chat_template(tokenizer) -> None:
+    texts = [Text("name a cat", "dog", "s"), Text("cat", None, "s"), Text("cat", "", "s")]
+    rows = tokenize(tokenizer, texts, 64)
+    plain = [tokenizer.decode(row).split() for row in rows]
+    assert plain[1] == ["cat"]
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False)
+    assert rows[2] == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert len(rows[0]) > len(rows[2])
+
+
+def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with caplog.at_level(logging.WARNING):
+        rows = tokenize(tokenizer, [Text("name a", "cat", "s"), Text("one", "dog", "s")], 64)
+    assert tokenizer.decode(rows[0]).split() == ["name", "a", "cat"]
+    assert sum("chat template" in record.message for record in caplog.records) == 1
+
+
+def test_long_texts_are_cut_and_it_is_said(tokenizer, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with caplog.at_level(logging.WARNING):
+        rows = tokenize(tokenizer, [Text("a " * 30, None, "s"), Text("a " * 8, None, "s")], 8)
+    assert [len(row) for row in rows] == [8, 8]
+    assert "1 of 2 texts are longer than 8 tokens" in caplog.text
+
+
+def test_text_without_tokens_is_refused(tokenizer, monkeypatch) -> None:
+    tokenizer_without_words = lambda *_, **__: {"input_ids": []}  # noqa: E731
+    tokenizer_without_words.chat_template = None
+    with pytest.raises(InputError, match=r"here:7: expected text that the tokenizer knows"):
+        tokenize(tokenizer_without_words, [Text("a", None, "here:7")], 8)
+
+
+IDS = np.array([0, 0, 1, 1, 1, 0, 2, 2])
+
+
+def test_pairs_are_two_samples_of_one_concept_and_every_sample_leads_once() -> None:
+    seen = set()
+    sampler = PairSampler(IDS, seed=0)
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        pairs = list(sampler)
+        assert sorted(first for first, _ in pairs) == list(range(8))
+        assert all(first != second and IDS[first] == IDS[second] for first, second in pairs)
+        seen.update(pairs)
+    assert len(seen) == 3 * 2 + 3 * 2 + 2  # every ordered pair that exists
+
+
+def test_pairs_depend_on_seed_and_epoch_alone() -> None:
+    sampler, other = PairSampler(IDS, seed=1, retain_size=3), PairSampler(IDS, seed=1, retain_size=3)
+    first = list(sampler)
+    assert list(sampler) == first == list(other)
+    other.set_epoch(1)
+    assert list(other) != first
+    assert list(PairSampler(IDS, seed=2, retain_size=3)) != first
+    assert {retain for _, _, retain in first} == {0, 1, 2}
+
+
+def test_batch_layout() -> None:
+    rows, retain = [[1], [2, 3], [4, 5, 6]], [[7, 8]]
+    data = PairDataset(rows, np.array([0, 0, 0]), retain)
+    batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
+    assert batch["concept_ids"].tolist() == [0, 0]
+    assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
+    assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]

@@ -1,0 +1,319 @@
+"""The training step: its value and gradient, the passes it takes, and what it does not depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from seer import InputError, Prototypes, SeerTrainer, TextDataset
+from seer.data import Text
+from seer.evaluation import separation
+from seer.layers import last_token
+
+
+def exact(trainer: SeerTrainer) -> SeerTrainer:
+    """In float64, with adapter weights that matter."""
+    trainer.model.double().eval()
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return trainer
+
+
+def gradients(trainer: SeerTrainer, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in trainer.model.parameters() if p.requires_grad]))
+
+
+def assert_same_gradient(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Up to the float32 that models compute norms and rotary angles in, whatever their own type."""
+    a, b = torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in theirs])
+    assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def states_and_logits(trainer: SeerTrainer, ids: list[int]) -> tuple[list[Tensor], Tensor]:
+    """One text alone, without padding, the plain way: every layer's output, and the logits."""
+    outputs: list[Tensor] = []
+    layers = trainer.stack.layers
+    hooks = [layer.register_forward_hook(lambda _, args, out: outputs.append(out)) for layer in layers]
+    hooks.append(layers[0].register_forward_pre_hook(lambda _, args: outputs.append(args[0])))
+    logits = trainer.model(input_ids=torch.tensor([ids])).logits
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits[0]
+
+
+def formula(trainer: SeerTrainer, view1: list, view2: list, retain: list, ids: list[int]) -> Tensor:
+    """The loss of the method, one text at a time."""
+    args = trainer.args
+    z1, z2 = (
+        [[states_and_logits(trainer, text)[0][layer + 1][0, -1] for text in view] for layer in trainer.target_layers]
+        for view in (view1, view2)
+    )
+    losses = []
+    for a, b in zip(z1, z2, strict=True):
+        cosines = torch.nn.functional.cosine_similarity(torch.stack(a)[:, None], torch.stack(b)[None], dim=-1)
+        for i in range(len(ids)):
+            keys = [j for j in range(len(ids)) if j == i or args.same_label == "negative" or ids[i] != ids[j]]
+            losses.append((cosines[i, keys] / args.temperature).logsumexp(0) - cosines[i, i] / args.temperature)
+    disentangle = torch.stack(losses).mean()
+
+    norms, divergences = [], []
+    for text in retain:
+        adapted, logits = states_and_logits(trainer, text)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            base, base_logits = states_and_logits(trainer, text)
+        norms.append((torch.stack(adapted) - torch.stack(base)).square().sum().sqrt())
+        p = base_logits.softmax(-1)
+        divergences.append((p * (p.log() - logits.log_softmax(-1))).sum(-1))
+    share = len(trainer.target_layers) / (max(trainer.target_layers) + 1)
+    retained = torch.stack(norms).mean() * share / 100
+    kl = torch.cat(divergences).mean()
+    return args.disentangle_weight * disentangle + args.retain_weight * retained + args.kl_weight * kl
+
+
+RETAIN = TextDataset([Text("name one", "gold tin", "r1"), Text("is is is a cat", None, "r2"), Text("dog", "cat", "r3")])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt_neox"])
+@pytest.mark.parametrize("with_retain_texts", [False, True])
+def test_loss_and_gradient_are_those_of_the_method(
+    make_model, make_config, dataset, tokenizer, architecture, with_retain_texts
+) -> None:
+    config = make_config(
+        target_layers=[0, 1], lora_dropout=0.0, same_label="ignore", retain_weight=3.0, kl_weight=2.0, temperature=0.3
+    )
+    retain_dataset = RETAIN if with_retain_texts else None
+    trainer = exact(SeerTrainer(make_model(architecture), config, dataset, tokenizer, retain_dataset=retain_dataset))
+    batch = next(iter(trainer.get_train_dataloader()))
+    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert len(texts) == (12 if with_retain_texts else 8)
+    loss = trainer.compute_loss(trainer.model, batch)
+    retain = texts[8:] if with_retain_texts else texts[:4]
+    expected = formula(trainer, texts[:4], texts[4:8], retain, batch["concept_ids"].tolist())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert_same_gradient(gradients(trainer, loss), gradients(trainer, expected))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "gemma", "gpt_neox"])
+def test_padding_changes_nothing(make_model, make_config, dataset, tokenizer, architecture: str) -> None:
+    config = make_config(target_layers=[1, 2], lora_dropout=0.0)
+    trainer = exact(SeerTrainer(make_model(architecture), config, dataset, tokenizer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert len({len(row) for row in rows}) > 1
+
+    def padded(length: int, left: bool) -> dict[str, Tensor]:
+        ids, mask = torch.full((len(rows), length), 7), torch.zeros(len(rows), length, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), length) if left else slice(0, len(row))
+            ids[i, place], mask[i, place] = row, 1
+        return {"input_ids": ids, "attention_mask": mask, "concept_ids": batch["concept_ids"]}
+
+    width = batch["input_ids"].shape[1]
+    loss, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    expected = gradients(trainer, loss)
+    assert terms["L_r"] > 0
+    assert terms["L_kl"] > 0
+    for other in (padded(width + 9, left=False), padded(width, left=True), padded(width + 9, left=True)):
+        loss, other_terms = trainer.compute_loss(trainer.model, other, return_outputs=True)
+        torch.testing.assert_close(other_terms, terms, rtol=1e-5, atol=1e-7)
+        assert_same_gradient(gradients(trainer, loss), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "retain_dataset", "passes"),
+    [
+        ({}, None, [("base", 4), ("adapted", 8)]),
+        ({"target_layers": [0, 1, 2]}, None, [("base", 4), ("adapted", 8)]),
+        ({}, RETAIN, [("base", 4), ("adapted", 12)]),
+        ({"kl_weight": 0.0}, None, [("base", 4), ("adapted", 8)]),
+        ({"kl_weight": 0.0, "retain_weight": 0.0}, None, [("adapted", 8)]),
+    ],
+)
+def test_passes_of_a_step(make_model, make_config, dataset, tokenizer, options, retain_dataset, passes) -> None:
+    config = make_config(max_steps=2, **options)
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=retain_dataset)
+    seen: list[tuple[str, int]] = []
+
+    def count(module, args, kwargs) -> None:
+        disabled = trainer.model.get_model_status().enabled is False
+        seen.append(("base" if disabled else "adapted", len(kwargs["input_ids"])))
+
+    trainer.stack.root.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    assert seen == passes * 2
+
+
+def test_only_tokens_that_the_kl_reads_go_through_the_head(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    shapes = []
+    trainer.stack.root.lm_head.register_forward_hook(lambda _, args, out: shapes.append(tuple(out.shape)))
+    trainer.compute_loss(trainer.model, batch)
+    tokens = int(batch["attention_mask"][:4].sum())
+    assert shapes == [(tokens, 64), (tokens, 64)]
+
+
+def test_reference_is_the_base_model_without_dropout(make_model, make_config, dataset, tokenizer) -> None:
+    """At the start the adapter changes nothing, so both retain terms are 0 in spite of the adapter's dropout."""
+    trainer = SeerTrainer(make_model("llama"), make_config(lora_dropout=0.5), dataset, tokenizer)
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert terms["L_r"] == 0
+    assert terms["L_kl"] == pytest.approx(0, abs=1e-7)
+    assert trainer.model.training
+    assert all(part.training for part in trainer.model.modules())
+
+
+def test_activation_checkpointing_gives_the_same_gradient(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = exact(SeerTrainer(make_model("llama"), make_config(lora_dropout=0.0), dataset, tokenizer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    expected = gradients(trainer, trainer.compute_loss(trainer.model, batch))
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same_gradient(gradients(trainer, trainer.compute_loss(trainer.model, batch)), expected)
+
+
+def test_logged_loss_is_the_weighted_sum_of_the_logged_terms(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        per_device_train_batch_size=3,  # six batches per epoch, so that no step has fewer than two
+        max_steps=4,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        kl_weight=5.0,
+    )
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4]
+    for entry in logs:
+        expected = 10 * entry["L_d"] + entry["L_r"] + 5 * entry["L_kl"]
+        assert entry["loss"] == pytest.approx(expected, abs=2e-3)
+        assert -1 <= entry["negative_similarity"] <= 1
+    assert logs[1]["L_d"] < logs[0]["L_d"]
+    assert logs[1]["L_kl"] > 1e-3
+
+
+def test_encoder_without_head(make_model, make_config, dataset, tokenizer) -> None:
+    message = r"--kl_weight: expected 0 for BertModel, which has no language-model head, got 1\.0"
+    with pytest.raises(InputError, match=message):
+        SeerTrainer(make_model("bert"), make_config(), dataset, tokenizer)
+    config = make_config(kl_weight=0.0, max_steps=2)
+    trainer = SeerTrainer(make_model("bert"), config, dataset, tokenizer, eval_dataset=dataset)
+    trainer.train()
+    assert {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert set(trainer.evaluate()) == {
+        "eval_same_concept_cosine",
+        "eval_different_concept_cosine",
+        "eval_nearest_prototype_accuracy",
+    }
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    make_model, make_config, dataset, tokenizer, tmp_path
+) -> None:
+    """Six samples of three concepts, batches of four: five steps per epoch, and a checkpoint in the second epoch."""
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 7, "lora_dropout": 0.1, "learning_rate": 1e-2}
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 9:
+                raise KeyboardInterrupt
+
+    def trainer(folder: str, **more) -> SeerTrainer:
+        config = make_config(output_dir=str(tmp_path / folder), **options)
+        return SeerTrainer(make_model("llama"), config, dataset, tokenizer, **more)
+
+    whole = trainer("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("killed", callbacks=[Kill()]).train()
+    resumed = trainer("killed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-7"))
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_the_seed_decides_the_adapter(make_model, make_config, dataset, tokenizer) -> None:
+    def train(seed: int) -> dict[str, Tensor]:
+        trainer = SeerTrainer(make_model("llama"), make_config(max_steps=5, seed=seed), dataset, tokenizer)
+        trainer.train()
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+    first, second, other = train(3), train(3), train(4)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+def test_evaluate_measures_the_adapted_model(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = exact(SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer, eval_dataset=dataset))
+    metrics = trainer.evaluate()
+    measurement = trainer.measure()
+    target = trainer.target_layers[0]
+    rows, prefix = trainer._pairs.rows, "eval_"
+    with torch.no_grad():
+        alone = [states_and_logits(trainer, row) for row in rows]
+        with trainer.model.disable_adapter():
+            base = [states_and_logits(trainer, row) for row in rows]
+    after = torch.stack([states[target + 1][0, -1] for states, _ in alone]).float()
+    before = torch.stack([states[target + 1][0, -1] for states, _ in base]).float()
+    torch.testing.assert_close(measurement.encoding.after[target], after)
+    torch.testing.assert_close(measurement.encoding.before[target], before)
+    p = torch.cat([logits for _, logits in base]).log_softmax(-1)
+    q = torch.cat([logits for _, logits in alone]).log_softmax(-1)
+    assert metrics[f"{prefix}kl_to_base"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    expected = separation(after, torch.from_numpy(dataset.concept_ids), measurement.prototypes, target)
+    assert metrics[f"{prefix}same_concept_cosine"] == pytest.approx(expected.same_concept_cosine)
+    assert measurement.before[target] != measurement.after[target]
+
+
+def test_separation_is_that_of_all_pairs() -> None:
+    states, ids = torch.randn(7, 5), torch.tensor([0, 0, 1, 2, 2, 2, 0])
+    prototypes = Prototypes(["a", "b", "c"], {4: torch.nn.functional.normalize(torch.randn(3, 5), dim=-1)})
+    values = separation(states, ids, prototypes, 4)
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
+    same = [float(cosines[i, j]) for i in range(7) for j in range(7) if i != j and ids[i] == ids[j]]
+    different = [float(cosines[i, j]) for i in range(7) for j in range(7) if ids[i] != ids[j]]
+    assert values.same_concept_cosine == pytest.approx(sum(same) / len(same), abs=1e-6)
+    assert values.different_concept_cosine == pytest.approx(sum(different) / len(different), abs=1e-6)
+    nearest = [max(range(3), key=lambda c: float(states[i] @ prototypes.layers[4][c])) for i in range(7)]
+    assert values.nearest_prototype_accuracy == sum(int(a == b) for a, b in zip(nearest, ids, strict=True)) / 7
+    assert separation(states[2:4], ids[2:4], prototypes, 4).same_concept_cosine is None
+
+
+def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
+    states, ids = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 1, 0])
+    prototypes = Prototypes.from_representations({2: states, 5: 3 * states}, ids, ["a", "ü"])
+    z = states / states.norm(dim=-1, keepdim=True)
+    mean = z[ids == 1].mean(0)
+    torch.testing.assert_close(prototypes.layers[2][1], mean / mean.norm())
+    torch.testing.assert_close(prototypes.layers[5], prototypes.layers[2])
+    prototypes.save(tmp_path / "p.safetensors")
+    loaded = Prototypes.load(tmp_path / "p.safetensors")
+    assert loaded.concepts == ["a", "ü"]
+    assert list(loaded.layers) == [2, 5]
+    assert all(torch.equal(loaded.layers[layer], prototypes.layers[layer]) for layer in (2, 5))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    (tmp_path / "other.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"other\.safetensors: expected a prototype file"):
+        Prototypes.load(tmp_path / "other.safetensors")
+
+
+def test_last_token_of_the_batch_is_used(make_model, make_config, dataset, tokenizer) -> None:
+    """The representation is that of the text alone, whatever shares its batch."""
+    trainer = exact(SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    from seer.layers import forward_states
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        together = last_token(forward_states(trainer.model, inputs, trainer.stack).layers[1], batch["attention_mask"])
+        for row, ids in enumerate(batch["input_ids"]):
+            alone, _ = states_and_logits(trainer, ids[batch["attention_mask"][row].bool()].tolist())
+            torch.testing.assert_close(together[row], alone[2][0, -1])
