@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seer.config import SeerConfig
-    from seer.data import ConceptDataset, TextDataset
+    from seer.data import ConceptDataset, Text, TextDataset
     from seer.errors import InputError
     from seer.prototypes import Prototypes
     from seer.train import TrainingResult, run_training
@@ -23,6 +23,7 @@ _HOME = {
     "Prototypes": "seer.prototypes",
     "SeerConfig": "seer.config",
     "SeerTrainer": "seer.trainer",
+    "Text": "seer.data",
     "TextDataset": "seer.data",
     "TrainingResult": "seer.train",
     "run_training": "seer.train",
@@ -34,6 +35,7 @@ __all__ = [
     "Prototypes",
     "SeerConfig",
     "SeerTrainer",
+    "Text",
     "TextDataset",
     "TrainingResult",
     "run_training",

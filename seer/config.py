@@ -177,7 +177,7 @@ def _differs(value: Any, option: dataclasses.Field[Any]) -> bool:
     default = option.default
     if option.default_factory is not dataclasses.MISSING:
         default = option.default_factory()
-    off = (None, False, "", "no", "none", [])
+    off: tuple[Any, ...] = (None, False, "", "no", "none", [])
     return bool(value != default) and not (value in off and default in off)
 
 

@@ -29,9 +29,9 @@ class Text(NamedTuple):
     """One text: a request with its response, or, with response None, plain text that is used as it is."""
 
     prompt: str
-    response: str | None
-    source: str
-    """Where it came from, for messages: `file.csv:12`."""
+    response: str | None = None
+    source: str = ""
+    """Where it came from, for messages: `file.csv:12`. A data set fills in what is left out."""
 
 
 class TextDataset(Dataset[Text]):
@@ -40,10 +40,10 @@ class TextDataset(Dataset[Text]):
     def __init__(self, texts: Sequence[Text]) -> None:
         if not texts:
             raise InputError("expected at least one text, got none")
-        for text in texts:
+        self.texts = [text._replace(source=text.source or f"sample {index}") for index, text in enumerate(texts)]
+        for text in self.texts:
             if not text.prompt.strip() and not (text.response or "").strip():
                 raise InputError(f"{text.source}: expected some text, got nothing but white space")
-        self.texts = list(texts)
 
     @classmethod
     def load(cls, data: str) -> TextDataset:
@@ -80,7 +80,7 @@ class ConceptDataset(TextDataset):
             raise InputError(f"concepts: expected one per text ({len(texts)}), got {len(concepts)}")
         self.names = sorted(set(concepts)) if names is None else list(names)
         ids = {name: index for index, name in enumerate(self.names)}
-        for text, concept in zip(texts, concepts, strict=True):
+        for text, concept in zip(self.texts, concepts, strict=True):
             if not concept.strip():
                 raise InputError(f"{text.source}: column concept: expected a name, got nothing")
             if concept not in ids:

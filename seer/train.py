@@ -124,7 +124,7 @@ def run_training(
         "versions": {name: version(name) for name in ("seer-kernels", "torch", "transformers", "peft")},
     }
     if config.should_save:
-        _save_adapter(trainer, output_dir)
+        _save_adapter(trainer, tokenizer, output_dir)
         prototypes.save(output_dir / "prototypes.safetensors")
         with atomic_path(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -157,10 +157,9 @@ def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     dtype = torch.bfloat16 if config.bf16 or _accelerator_has_bfloat16(config.device) else torch.float32
     try:
         model_config = AutoConfig.from_pretrained(config.model)
-        causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        names = {getattr(causal_class, "__name__", None)} - {None}
-        causal = bool(names & set(model_config.architectures or names))
-        auto = AutoModelForCausalLM if causal else AutoModel
+        causal_class = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None), "__name__", None)
+        saved_as = model_config.architectures or [causal_class]
+        auto = AutoModelForCausalLM if causal_class is not None and causal_class in saved_as else AutoModel
         return auto.from_pretrained(config.model, dtype=dtype), AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise InputError(
@@ -230,12 +229,12 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
+def _save_adapter(trainer: SeerTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
     """Write the adapter and the tokenizer; each file appears whole or not at all."""
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(temporary, save_embedding_layers=False)  # they are never trained
-        trainer.tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)
 

@@ -108,7 +108,7 @@ class SeerTrainer(Trainer):
         if retain_dataset is not None:
             retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
         self._pairs = PairDataset(rows, train_dataset.concept_ids, retain_rows)
-        self.tokenizer = processing_class
+        self._tokenizer = processing_class
         self._sampler = PairSampler(
             train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
         )
@@ -239,8 +239,12 @@ class SeerTrainer(Trainer):
             dataset = self.eval_dataset
         if dataset is None:
             raise InputError("expected held-out samples to measure: pass a dataset, or eval_dataset to the trainer")
+        if dataset.names != self._concept_names:
+            raise InputError(
+                f"dataset: expected the concepts {self._concept_names} as in training, got {dataset.names}"
+            )
         training = self._encode_training()
-        rows = tokenize(self.tokenizer, dataset.texts, self._max_length)
+        rows = tokenize(self._tokenizer, dataset.texts, self._max_length)
         held_out = self._encode(rows, with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 

@@ -82,6 +82,13 @@ def test_concept_with_a_single_sample_is_refused(tmp_path: Path) -> None:
         dataset.split(0.2, seed=0)
 
 
+def test_texts_made_in_python_are_named_by_their_place() -> None:
+    with pytest.raises(InputError, match=r"sample 1: column concept: expected a name"):
+        ConceptDataset([Text("a", "b"), Text("c", "d")], ["x", " "])
+    with pytest.raises(InputError, match=r"concepts: expected one per text \(1\), got 2"):
+        ConceptDataset([Text("a", "b")], ["x", "y"])
+
+
 def test_retain_texts_may_be_plain(tmp_path: Path) -> None:
     plain = TextDataset.load(write(tmp_path / "t.csv", "text\nhello there\n"))
     assert plain[0][:2] == ("hello there", None)

@@ -253,20 +253,26 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, the folder with a small real model and real texts")
 def test_a_real_model_on_real_texts(tmp_path) -> None:
+    """A few steps on a quarter of the rows; the held-out figures of a whole run need minutes."""
+    whole = ConceptDataset.load(str(SHARED / "data" / "safety_concepts.csv"))
+    with (tmp_path / "quarter.jsonl").open("w", encoding="utf-8") as file:
+        for text, concept in [*zip(whole.texts, whole.concepts, strict=True)][::4]:
+            row = {"prompt": text.prompt, "response": text.response, "concept": concept}
+            file.write(json.dumps(row) + "\n")
     metrics = run_training(
         SeerConfig(
-            output_dir=str(tmp_path),
+            output_dir=str(tmp_path / "out"),
             model=str(SHARED / "models" / "tiny-llama"),
-            data=str(SHARED / "data" / "safety_concepts.csv"),
-            held_out_share=0.1,
-            max_length=48,
-            max_steps=6,
+            data=str(tmp_path / "quarter.jsonl"),
+            max_length=32,
+            max_steps=8,
+            learning_rate=1e-3,
             save_strategy="no",
             disable_tqdm=True,
         )
     ).metrics
+    assert metrics["samples"]["training"] + metrics["samples"]["held_out"] == 100
     layer = metrics["held_out"]["layers"]["4"]
     gap = {when: values["same_concept_cosine"] - values["different_concept_cosine"] for when, values in layer.items()}
-    assert metrics["samples"]["held_out"] == 39
     assert gap["after"] > gap["before"] > 0
-    assert 0 < metrics["held_out"]["kl_to_base_nats_per_token"]["after"] < 0.5
+    assert 0 < metrics["held_out"]["kl_to_base_nats_per_token"]["after"] < 0.1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from seer import InputError, Prototypes, SeerTrainer, TextDataset
+from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
 from seer.data import Text
 from seer.evaluation import separation
 from seer.layers import last_token
@@ -271,6 +271,15 @@ def test_evaluate_measures_the_adapted_model(make_model, make_config, dataset, t
     expected = separation(after, torch.from_numpy(dataset.concept_ids), measurement.prototypes, target)
     assert metrics[f"{prefix}same_concept_cosine"] == pytest.approx(expected.same_concept_cosine)
     assert measurement.before[target] != measurement.after[target]
+
+
+def test_held_out_concepts_must_be_those_of_training(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
+    other = ConceptDataset([Text("a", "cat"), Text("a", "dog")], ["animal", "plant"])
+    with pytest.raises(
+        InputError, match=r"expected the concepts \['animal', 'fruit', 'metal'\] .* got \['animal', 'pl"
+    ):
+        trainer.measure(other)
 
 
 def test_separation_is_that_of_all_pairs() -> None:
