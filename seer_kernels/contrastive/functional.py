@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from seer_kernels import _checks, _dispatch
+from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.contrastive import native, reference
 from seer_kernels.contrastive.problem import (
     SAME_LABEL,
@@ -152,8 +152,7 @@ def info_nce(
         temperature = torch.tensor(temperature, dtype=accumulate)
     want_gradients = torch.is_grad_enabled()
     loss: Tensor
-    statistics: list[Tensor]
-    loss, *statistics = _contrastive(
+    loss, statistics = _contrastive(
         query.reshape(problems, n, query.shape[-1]),
         key.reshape(problems, m, key.shape[-1]),
         temperature,
@@ -168,11 +167,12 @@ def info_nce(
         want_gradients and query.requires_grad,
         want_gradients and key.requires_grad,
         want_gradients and temperature.requires_grad,
-    )[:4]
+        return_stats,
+    )[:2]
     loss = loss.reshape((*leading, n) if reduction == "none" else leading)
     if not return_stats:
         return loss
-    return loss, ContrastiveStatistics(*(s.detach().reshape(leading) for s in statistics))
+    return loss, ContrastiveStatistics(*(s.reshape(leading) for s in statistics.unbind()))
 
 
 def _problem(
@@ -222,8 +222,7 @@ def _check_values(
         _checks.check_finite("key", key)
 
 
-@torch.library.custom_op("seer_kernels::contrastive", mutates_args=())
-def _contrastive(
+def _contrastive_kernel(
     query: Tensor,
     key: Tensor,
     temperature: Tensor,
@@ -238,9 +237,12 @@ def _contrastive(
     query_gradient: bool,
     key_gradient: bool,
     temperature_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [P] or [P, N] and three statistics [P]; then, for the backward pass, the sum of weights that the mean
-    divides by [P] and the gradients of the weighted sum (empty where not asked for, and with `reduction="none"`).
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss [P] or [P, N] and statistics [3, P]; then, for the backward pass, the sum of weights that the mean divides
+    by [P] and the gradients of the weighted sum (with `reduction="none"` they cannot be formed yet).
+
+    An operator returns tensors only: an empty one stands for what was not asked for.
     """
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     problem = _problem(query, key, temperature, query_labels, key_labels, weights, same_label, normalize)
@@ -255,12 +257,7 @@ def _contrastive(
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
     scale = torch.where(total_weight > 0, total_weight, 1.0)
-    negative_weight = (weight * rows.has_negative).sum(-1)
-    statistics = (
-        (weight * rows.positive_similarity).sum(-1) / scale,
-        (weight * rows.negative_similarity).sum(-1) / torch.where(negative_weight > 0, negative_weight, 1.0),
-        (weight * rows.top1).sum(-1) / scale,
-    )
+    statistics = _statistics(rows, weight, scale) if return_stats else scale.new_empty(0)
     loss = weight * rows.loss
     if reduction != "none":
         loss = loss.sum(-1)
@@ -268,9 +265,20 @@ def _contrastive(
         loss = loss / scale
     else:
         scale = torch.ones_like(scale)
-    # An operator returns tensors only, and no tensor twice: an empty one stands for what was not asked for.
     query_gradient_, key_gradient_, temperature_gradient_ = (scale.new_empty(0) if g is None else g for g in gradients)
-    return loss, *statistics, scale, query_gradient_, key_gradient_, temperature_gradient_
+    return loss, statistics, scale, query_gradient_, key_gradient_, temperature_gradient_
+
+
+def _statistics(rows: RowResults, weight: Tensor, scale: Tensor) -> Tensor:
+    """The fields of ContrastiveStatistics, [3, P]; `scale` is the sum of `weight` over the rows."""
+    negative_weight = (weight * rows.has_negative).sum(-1)
+    return torch.stack(
+        [
+            (weight * rows.positive_similarity).sum(-1) / scale,
+            (weight * rows.negative_similarity).sum(-1) / torch.where(negative_weight > 0, negative_weight, 1.0),
+            (weight * rows.top1).sum(-1) / scale,
+        ]
+    )
 
 
 def _no_rows(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -282,8 +290,7 @@ def _no_rows(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
     return RowResults(*(zeros.clone() for _ in RowResults._fields)), Gradients(*gradients)
 
 
-@_contrastive.register_fake
-def _(
+def _contrastive_fake(
     query: Tensor,
     key: Tensor,
     temperature: Tensor,
@@ -298,7 +305,8 @@ def _(
     query_gradient: bool,
     key_gradient: bool,
     temperature_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
     p, n, d = query.shape
     ahead = reduction != "none"
@@ -308,9 +316,7 @@ def _(
 
     return (
         empty(p, n) if reduction == "none" else empty(p),
-        empty(p),
-        empty(p),
-        empty(p),
+        empty(3, p) if return_stats else empty(0),
         empty(p),
         empty(p, n, d) if query_gradient and ahead else empty(0),
         empty(p, key.shape[1], d) if key_gradient and ahead else empty(0),
@@ -318,8 +324,7 @@ def _(
     )
 
 
-@torch.library.custom_op("seer_kernels::contrastive_scale", mutates_args=())
-def _scale(
+def _scale_kernel(
     query_gradient: Tensor, key_gradient: Tensor, temperature_gradient: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that the forward pass formed, times what arrived for each problem (`scale` [P]), in `dtype`."""
@@ -331,8 +336,7 @@ def _scale(
     return scaled(query_gradient), scaled(key_gradient), temperature_gradient
 
 
-@_scale.register_fake
-def _(
+def _scale_fake(
     query_gradient: Tensor, key_gradient: Tensor, temperature_gradient: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
@@ -342,8 +346,7 @@ def _(
     )
 
 
-@torch.library.custom_op("seer_kernels::contrastive_recompute", mutates_args=())
-def _recompute(
+def _recompute_kernel(
     row_gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -374,8 +377,7 @@ def _recompute(
     )
 
 
-@_recompute.register_fake
-def _(
+def _recompute_fake(
     row_gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -397,48 +399,52 @@ def _(
     )
 
 
-def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "the contrastive losses of seer_kernels cannot be differentiated twice: their gradient is a fused kernel. "
-        "Compute the loss in plain torch where second derivatives are needed"
-    )
+class _Contrastive(torch.autograd.Function):
+    """The one owner of the gradient of all losses of the family."""
 
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _operators.below_autograd(_contrastive, *arguments)  # type: ignore[no-any-return]
 
-_scale.register_autograd(_refuse_double_backward)
-_recompute.register_autograd(_refuse_double_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, (same_label, normalize, ctx.reduction, backend, _), formed = inputs[:6], inputs[6:11], inputs[11:14]
+        ctx.options = (same_label, normalize, backend)
+        ctx.formed = Wanted(*formed) if ctx.reduction != "none" else Wanted(False, False, False)
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output[4:])
-    ctx.options = (inputs[6], inputs[7], inputs[9])
-    ctx.reduction = inputs[8]
-    ctx.formed = inputs[11:14] if ctx.reduction != "none" else (False, False, False)
-
-
-def _autograd(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    wanted = Wanted(*ctx.needs_input_grad[:3])
-    nothing = (None,) * 11
-    if loss_gradient is None or not any(wanted):
-        return (None,) * 3 + nothing
-    query, key, temperature, query_labels, key_labels, weights, scale, *saved = ctx.saved_tensors
-    if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
-        gradients = _scale(*saved, loss_gradient / scale, query.dtype)
-    else:
-        row_gradient = loss_gradient
-        if ctx.reduction != "none":
-            row_gradient = (loss_gradient / scale).unsqueeze(-1).expand(query.shape[:2])
-        if weights is not None:
-            row_gradient = row_gradient * weights.to(row_gradient.dtype)
-        gradients = _recompute(
-            row_gradient, query, key, temperature, query_labels, key_labels, weights, *ctx.options, *wanted
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        nothing = (None,) * 12
+        if loss_gradient is None or not any(wanted):
+            return (None,) * 3 + nothing
+        *inputs, scale, query_gradient, key_gradient, temperature_gradient = ctx.saved_tensors
+        query, _, temperature, *_, weights = inputs
+        if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
+            gradients = _scale(query_gradient, key_gradient, temperature_gradient, loss_gradient / scale, query.dtype)
+        else:
+            row_gradient = loss_gradient
+            if ctx.reduction != "none":
+                row_gradient = (loss_gradient / scale).unsqueeze(-1).expand(query.shape[:2])
+            if weights is not None:
+                row_gradient = row_gradient * weights.to(row_gradient.dtype)
+            gradients = _recompute(row_gradient, *inputs, *ctx.options, *wanted)
+        query_gradient, key_gradient, temperature_gradient = gradients
+        return (
+            query_gradient if wanted.query else None,
+            key_gradient if wanted.key else None,
+            temperature_gradient.to(temperature.device, temperature.dtype) if wanted.temperature else None,
+            *nothing,
         )
-    query_gradient, key_gradient, temperature_gradient = (
-        g if w else None for g, w in zip(gradients, wanted, strict=True)
-    )
-    if temperature_gradient is not None:
-        temperature_gradient = temperature_gradient.to(temperature.device, temperature.dtype)
-    return (query_gradient, key_gradient, temperature_gradient, *nothing)
 
 
-_contrastive.register_autograd(_autograd, setup_context=_setup_context)
+_TWICE = (
+    "the contrastive losses of seer_kernels cannot be differentiated twice: their gradient is a fused kernel. "
+    "Compute the loss in plain torch where second derivatives are needed"
+)
+_contrastive = _operators.register("contrastive", _contrastive_kernel, _contrastive_fake, _Contrastive)
+_scale = _operators.register("contrastive_scale", _scale_kernel, _scale_fake, no_gradient=_TWICE)
+_recompute = _operators.register("contrastive_recompute", _recompute_kernel, _recompute_fake, no_gradient=_TWICE)

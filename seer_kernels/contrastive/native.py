@@ -115,20 +115,21 @@ def _inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _project(gradient: Tensor, x: Tensor, inverse_norm: Tensor) -> None:
     """Removes from each row of `gradient` its component along the row of `x`, in place."""
-    chunk = gradient.shape[1] if x.dtype == gradient.dtype else KEY_CHUNK
-    for p in range(gradient.shape[0]):
-        for start in range(0, gradient.shape[1], chunk):
-            part = slice(start, start + chunk)
-            wide = x[p, part].to(gradient.dtype).contiguous()
-            _launch(
-                "project_rows",
-                x,
-                gradient=gradient[p, part].data_ptr(),
-                x=wide.data_ptr(),
-                inverse_norm=inverse_norm[p, part].data_ptr(),
-                rows=wide.shape[0],
-                D=wide.shape[1],
-            )
+    rows, D = inverse_norm.numel(), x.shape[-1]
+    chunk = rows if x.dtype == gradient.dtype else KEY_CHUNK
+    gradient, x, inverse_norm = gradient.view(rows, D), x.reshape(rows, D), inverse_norm.view(rows)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        wide = x[part].to(gradient.dtype).contiguous()
+        _launch(
+            "project_rows",
+            x,
+            gradient=gradient[part].data_ptr(),
+            x=wide.data_ptr(),
+            inverse_norm=inverse_norm[part].data_ptr(),
+            rows=part.stop - part.start,
+            D=D,
+        )
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -31,7 +31,7 @@ def test_opcheck(backend: str, reduction: str, labelled: bool) -> None:
     temperature = torch.tensor(0.1, requires_grad=True)
     torch.library.opcheck(
         torch.ops.seer_kernels.contrastive.default,
-        (query, key, temperature, *labels, rule, True, reduction, backend, False, True, True, True),
+        (query, key, temperature, *labels, rule, True, reduction, backend, False, True, True, True, True),
     )
     torch.library.opcheck(
         torch.ops.seer_kernels.contrastive_recompute.default,
@@ -119,7 +119,7 @@ def test_two_backward_passes_and_no_second_derivative(backend: str, reduction: s
 def test_vmap_is_a_loop_over_problems_and_functional_gradients_are_refused() -> None:
     query, key = (x.detach() for x in pair())
     torch.testing.assert_close(torch.vmap(info_nce)(query, key), info_nce(query, key))
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match=r"no gradient under torch\.func"):
         torch.func.grad(lambda q: info_nce(q, key).sum())(query)
 
 

@@ -318,6 +318,13 @@ def test_views_and_broadcast_rows(backend: str) -> None:
         for j in range(2):
             alone = info_nce(query[i, j].clone(), key[i, j].clone(), **options)
             torch.testing.assert_close(together[i, j], alone)
+    strided, dense = base[:, 0, 0, ::2], base[:, 0, 0, ::2].clone()  # one problem whose rows are not contiguous
+    for got, want in zip(
+        value_and_gradients(lambda q, k: info_nce(q[:, 0], k[:, 0], backend=backend), [strided[:, None]] * 2),
+        value_and_gradients(lambda q, k: info_nce(q, k, backend=backend), [dense] * 2),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.reshape(want.shape), want)
 
 
 @given(
