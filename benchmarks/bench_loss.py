@@ -1,0 +1,413 @@
+"""Time and memory of one-sided InfoNCE, forward and backward, beside what else computes it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Check, Figure, Measurement, Outputs, Provider
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from seer_kernels import backends, info_nce
+
+TEMPERATURE = 0.1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PACKAGES = ("seer-kernels", "pytorch-metric-learning")
+
+BROADCAST_LIMIT = 1 << 30
+"""Largest N x N x D tensor, in bytes, for which the paper's formula is run: it holds six of them."""
+BROADCAST_LIMIT_QUICK = 1 << 26
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """P independent problems of N pairs with D features."""
+
+    P: int
+    N: int
+    D: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """From `NxD` or `PxNxD`."""
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text):
+            raise argparse.ArgumentTypeError(f"expected NxD or PxNxD, such as 1024x4096 or 3x32x4096; got {text!r}")
+        numbers = [int(n) for n in text.split("x")]
+        size = cls(*numbers) if len(numbers) == 3 else cls(1, *numbers)
+        if size.N == 1:
+            raise argparse.ArgumentTypeError(f"a single pair has no negatives and a loss of 0; got {text!r}")
+        return size
+
+    @property
+    def name(self) -> str:
+        return f"N={self.N}, D={self.D}" + (f", {self.P} problems" if self.P > 1 else "")
+
+    @property
+    def regime(self) -> str:
+        if self.D <= 256:
+            return "small D"
+        return "launch latency" if self.N <= 256 else "products dominate"
+
+
+SIZES = (
+    Size(3, 32, 4096),
+    Size(1, 256, 4096),
+    Size(1, 4096, 128),
+    Size(1, 1024, 1024),
+    Size(1, 4096, 1024),
+    Size(1, 2048, 4096),
+)
+SIZES_QUICK = (Size(3, 32, 4096), Size(1, 256, 4096), Size(1, 1024, 128), Size(1, 1024, 1024))
+
+
+def make_case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
+    fields = {"regime": size.regime, "P": size.P, "N": size.N, "M": size.N, "D": size.D, "dtype": str(dtype)[6:]}
+    return Case(size.name, fields | {"device_type": device.type})
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Inputs of one call, as one stacked tensor and, sharing its memory, as one tensor per problem.
+
+    Whoever takes stacked problems gets them stacked and whoever does not gets them apart: nobody pays for the other's
+    form.
+    """
+
+    query: Tensor  # [P, N, D]
+    key: Tensor  # [P, N, D]
+    queries: tuple[Tensor, ...]  # P times [N, D]
+    keys: tuple[Tensor, ...]  # P times [N, D]
+
+
+def make_pairs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> Pairs:
+    """Random directions whose pairs have a cosine of about 0.3, with norms between 1 and e times sqrt(D).
+
+    Positives then neither vanish among the negatives nor settle the softmax.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size.P, size.N, size.D)
+    query = torch.randn(shape, generator=generator)
+    key = torch.randn(shape, generator=generator) + 0.3 * query
+    query, key = (x * torch.rand(*shape[:2], 1, generator=generator).exp() for x in (query, key))
+    query, key = query.to(device, dtype), key.to(device, dtype)
+    return Pairs(
+        query.requires_grad_(),
+        key.requires_grad_(),
+        tuple(q.detach().requires_grad_() for q in query),
+        tuple(k.detach().requires_grad_() for k in key),
+    )
+
+
+def native(pairs: Pairs) -> Outputs:
+    loss = info_nce(pairs.query, pairs.key, temperature=TEMPERATURE, backend="native").mean()
+    return Outputs(loss, torch.autograd.grad(loss, (pairs.query, pairs.key)))
+
+
+def one_by_one(loss_of: Callable[[Tensor, Tensor], Tensor], pairs: Pairs) -> Outputs:
+    """For losses that take one problem at a time: one call per problem, averaged."""
+    loss = torch.stack([loss_of(q, k) for q, k in zip(pairs.queries, pairs.keys, strict=True)]).mean()
+    return Outputs(loss, torch.autograd.grad(loss, (*pairs.queries, *pairs.keys)))
+
+
+def idiomatic(query: Tensor, key: Tensor) -> Tensor:
+    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / TEMPERATURE
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def paper(query: Tensor, key: Tensor) -> Tensor:
+    logits = F.cosine_similarity(query.unsqueeze(1), key.unsqueeze(0), dim=-1) / TEMPERATURE  # through [N, N, D]
+    return (logits.logsumexp(-1) - logits.diagonal()).mean()
+
+
+def prepare_metric_learning(case: Case) -> Callable[[Pairs], Outputs]:
+    from pytorch_metric_learning.losses import SupConLoss
+    from pytorch_metric_learning.reducers import MeanReducer
+
+    # the default reducer leaves rows with a loss of 0 out of the mean
+    module = SupConLoss(temperature=TEMPERATURE, reducer=MeanReducer())
+
+    def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        labels = torch.arange(len(query), device=query.device)
+        # a second tensor: given the same one twice, the library takes the diagonal for self-pairs and drops it
+        loss: Tensor = module(query, labels, ref_emb=key, ref_labels=labels.clone())
+        return loss
+
+    return partial(one_by_one, loss_of)
+
+
+def prepare_floor(case: Case) -> Callable[[Pairs], Outputs]:
+    """Products S = Q K^T, S K and S^T Q into preallocated outputs."""
+    P, N, D = (case.fields[name] for name in "PND")
+    like = {"dtype": DTYPES[case.fields["dtype"]], "device": case.fields["device_type"]}
+    products = torch.ones(P, N, N, **like)
+    query_gradient, key_gradient = torch.ones(P, N, D, **like), torch.ones(P, N, D, **like)
+
+    def run(pairs: Pairs) -> Outputs:
+        with torch.no_grad():
+            if P > 1:
+                torch.bmm(pairs.query, pairs.key.mT, out=products)
+                torch.bmm(products, pairs.key, out=query_gradient)
+                torch.bmm(products.mT, pairs.query, out=key_gradient)
+            else:
+                torch.mm(pairs.query[0], pairs.key[0].T, out=products[0])
+                torch.mm(products[0], pairs.key[0], out=query_gradient[0])
+                torch.mm(products[0].T, pairs.query[0], out=key_gradient[0])
+        return Outputs(products, (query_gradient, key_gradient))
+
+    return run
+
+
+def named(outputs: Outputs) -> dict[str, Tensor]:
+    """Outputs by name, the problems of the gradients one below the other: [P * N, D]."""
+    parts = [g.detach().flatten(0, -2) for g in outputs.gradients]
+    half = len(parts) // 2
+    return {
+        "loss": outputs.value.detach(),
+        "query gradient": torch.cat(parts[:half]),
+        "key gradient": torch.cat(parts[half:]),
+    }
+
+
+@lru_cache(maxsize=1)
+def truth(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Loss and gradients of the reference in fp64, and the tolerances that idiomatic torch's own errors give."""
+    query, key = (x.detach().double().requires_grad_() for x in (pairs.query, pairs.key))
+    loss = info_nce(query, key, temperature=TEMPERATURE, backend="reference").mean()
+    expected = named(Outputs(loss, torch.autograd.grad(loss, (query, key))))
+    plain = named(one_by_one(idiomatic, pairs))
+    dtype = pairs.query.dtype
+    return expected, {n: harness.tolerance(harness.relative_error(plain[n], expected[n]), dtype) for n in expected}
+
+
+def check_loss(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
+    expected, tolerances = truth(pairs)
+    return harness.compare(named(outputs), expected, tolerances)
+
+
+def check_floor(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
+    """The products applied to a random vector, against the factors applied one after the other in fp64."""
+    Q, K = pairs.query.detach().double(), pairs.key.detach().double()
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(n, 1, generator=generator, dtype=torch.float64).to(Q.device) for n in (Q.shape[2], Q.shape[1]))
+    expected = {"Q K^T": Q @ (K.mT @ v), "Q K^T K": Q @ (K.mT @ (K @ u)), "K Q^T Q": K @ (Q.mT @ (Q @ u))}
+    products, (query_gradient, key_gradient) = outputs
+    actual = {
+        "Q K^T": products.double() @ v,
+        "Q K^T K": query_gradient.double() @ u,
+        "K Q^T Q": key_gradient.double() @ u,
+    }
+    rounding = torch.finfo(pairs.query.dtype).eps
+    return harness.compare(actual, expected, dict.fromkeys(expected, 16 * rounding))
+
+
+def make_providers(broadcast_limit: int = BROADCAST_LIMIT) -> dict[str, Provider]:
+    """All providers by name, in the order of the table."""
+
+    def no_native(case: Case) -> str | None:
+        status = backends()["native"]
+        return None if case.fields["device_type"] in status.devices else status.reason
+
+    def too_broad(case: Case) -> str | None:
+        N, D, dtype = (case.fields[name] for name in ("N", "D", "dtype"))
+        size = N * N * D * DTYPES[dtype].itemsize
+        if size <= broadcast_limit:
+            return None
+        return f"N × N × D is {harness.format_bytes(size)}, limit {harness.format_bytes(broadcast_limit)}"
+
+    def no_metric_learning(case: Case) -> str | None:
+        return None if importlib.util.find_spec("pytorch_metric_learning") else "not installed"
+
+    providers = (
+        Provider(
+            "native", "info_nce", lambda case: native, check_loss, no_native, "seer_kernels.info_nce, native backend."
+        ),
+        Provider(
+            "idiomatic",
+            "idiomatic torch",
+            lambda case: partial(one_by_one, idiomatic),
+            check_loss,
+            note="F.normalize, a matrix product and F.cross_entropy, called once per problem.",
+        ),
+        Provider(
+            "paper",
+            "paper's formula",
+            lambda case: partial(one_by_one, paper),
+            check_loss,
+            too_broad,
+            "Cosine similarity by broadcasting to N × N × D, then logsumexp (SEER, arXiv 2502.05242), called once per "
+            f"problem; left out where one N × N × D tensor exceeds {harness.format_bytes(broadcast_limit)}.",
+        ),
+        Provider(
+            "pml",
+            "pytorch-metric-learning",
+            prepare_metric_learning,
+            check_loss,
+            no_metric_learning,
+            "SupConLoss with ref_emb=key, one label per pair and MeanReducer: one positive among N keys, which is "
+            "exactly one-sided InfoNCE (checked, as for all). Its NTXentLoss is left out: the same value from a matrix "
+            "of N × N(N-1) entries, 4 GiB at N = 1024.",
+        ),
+        Provider(
+            "floor",
+            "floor",
+            prepare_floor,
+            check_floor,
+            note="The three matrix products that the loss and its gradients need, bare, into preallocated outputs.",
+        ),
+    )
+    return {p.name: p for p in providers}
+
+
+def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
+    ratio, peak = partial(harness.time_ratio, measurements), partial(harness.peak_mebibytes, measurements)
+    large, seer, wide = Size(1, 4096, 1024).name, Size(3, 32, 4096).name, Size(1, 256, 4096).name
+    over_paper = ratio(wide, "paper", "native")
+    return [
+        Figure(f"{large}: time of info_nce over the floor, at most 1.10", ratio(large, "native", "floor"), 1.10, True),
+        Figure(f"{large}: peak memory of info_nce in MiB, at most 96", peak(large, "native"), 96, True),
+        Figure(f"{seer}: times faster than idiomatic torch, at least 2", ratio(seer, "idiomatic", "native"), 2, False),
+        Figure(f"{wide}: times faster than the paper's formula, at least 100", over_paper, 100, False),
+    ]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = "\n".join(f"  {p.name:<10}{p.label}" for p in make_providers().values())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"""\
+providers
+{names}
+
+what is measured
+  time      forward and backward of the mean loss with respect to queries and keys: median and quartiles of calls in
+            which the providers take turns
+  memory    most bytes alive at one time that the call took from torch's allocator, minus the gradients it returns
+  check     loss and gradients against the reference in fp64, tolerance from the error that idiomatic torch makes in the
+            same dtype; a provider that fails is not timed, and the exit code is 1
+  figures   the numbers this package is held to, as met, missed or not measured; they do not change the exit code
+
+examples
+  python benchmarks/bench_loss.py                                the full table, under two minutes on two cores
+  python benchmarks/bench_loss.py --quick                        small sizes, some seconds
+  python benchmarks/bench_loss.py --sizes 512x4096 3x64x2048     other sizes
+  python benchmarks/bench_loss.py --providers native floor       only these
+  OMP_NUM_THREADS=1 python benchmarks/bench_loss.py              one thread
+
+The complete fp32 run writes bench_loss.csv, .json and .png. Other runs add what they chose to the names
+(bench_loss-quick.csv, bench_loss-bfloat16-partial.csv), so that they never replace it. See benchmarks/README.md.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=Size.parse,
+        metavar="SIZE",
+        help="NxD or PxNxD: P independent problems (default 1) of N pairs with D features",
+    )
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=list(make_providers()),
+        metavar="NAME",
+        help=f"who is measured, of: {', '.join(make_providers())} (default: all)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: float32)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where tensors live and providers run (default: cpu)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=harness.RESULTS,
+        metavar="FOLDER",
+        help="where result files go (default: benchmarks/results)",
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no usable CUDA device")
+    return options
+
+
+def run(options: argparse.Namespace, providers: Sequence[Provider], status: Console) -> list[Measurement]:
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    sizes = options.sizes or (SIZES_QUICK if options.quick else SIZES)
+    measurements = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=status, transient=True) as progress:
+        task = progress.add_task("", total=len(sizes))
+        for size in dict.fromkeys(sizes):
+            case = make_case(size, dtype, device)
+
+            def report(message: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case.name}: {message}")
+
+            report("making inputs")
+            count = harness.input_sets(2 * size.P * size.N * size.D * dtype.itemsize, device)
+            inputs = [make_pairs(size, dtype, device, seed) for seed in range(count)]
+            budget = harness.BUDGET / 4 if options.quick else harness.BUDGET
+            results = harness.measure(case, providers, inputs, device, budget=budget, report=report)
+            truth.cache_clear()  # it holds the inputs
+            measurements += results
+            progress.advance(task)
+            progress.console.print(f"{case.name}: done, {count} input sets", highlight=False)
+    return measurements
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console, status = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 140
+    everyone = make_providers(BROADCAST_LIMIT_QUICK if options.quick else BROADCAST_LIMIT)
+    providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
+    environment = harness.environment(torch.device(options.device), PACKAGES)
+    measurements = run(options, providers, status)
+
+    title = f"One-sided InfoNCE, {options.dtype}, forward and backward"
+    caption = (
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"Python {environment['python']}, {environment['date']}"
+    )
+    console.print(harness.results_table(title, measurements, floor="floor", ours="native"))
+    console.print(f"[dim]{caption}[/dim]", highlight=False)
+    for provider in providers:
+        console.print(f"[bold]{provider.label}[/bold]: {provider.note}", highlight=False)
+    busy = max((m.busy_elsewhere or 0 for m in measurements), default=0)
+    if busy > 0.05:
+        console.print(f"[yellow]Other processes used up to {busy:.0%} of the CPUs meanwhile: times are noisy.[/yellow]")
+    figures = make_figures(measurements)
+    console.print()
+    console.print(harness.figures_table(figures))
+
+    partial_run = options.sizes is not None or options.providers is not None
+    parts = [options.quick and "quick", options.device == "cuda" and "cuda", partial_run and "partial"]
+    parts.insert(1, options.dtype != "float32" and options.dtype)
+    stem = options.out / "-".join(["bench_loss", *(p for p in parts if p)])
+    options.out.mkdir(parents=True, exist_ok=True)
+    harness.write_csv(
+        stem.with_suffix(".csv"), harness.rows("loss", measurements, environment, list(everyone.values()))
+    )
+    harness.write_figures(stem.with_suffix(".json"), figures, environment)
+    harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor="floor")
+    console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)
+
+    failed = [m for m in measurements if m.status == "failed"]
+    for m in failed:
+        status.print(f"[bold red]failed[/bold red] {m.provider.name} on {m.case.name}: {m.reason}", highlight=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
