@@ -560,7 +560,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     providers = {m.provider.name: m.provider.label for m in measurements if m.provider.name != floor}
     floors = {m.case.name: m.median for m in measurements if m.provider.name == floor and m.seconds}
     figure, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, figsize=(12, 1.8 + 0.95 * len(cases)), width_ratios=(3, 2), layout="constrained"
+        1, 2, sharey=True, figsize=(12, 1.8 + 0.95 * len(cases)), width_ratios=(4, 3), layout="constrained"
     )
     timed = {
         c: [m.provider.name for m in measurements if m.case.name == c and m.seconds and m.provider.name in providers]
@@ -589,7 +589,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     if floors:
         left.axvline(1, color="#333333", linewidth=1, linestyle="--")
     left.set_xlabel("time over that of the floor, log scale" if floors else "time in ms, log scale")
-    right.set_xlabel("peak memory above inputs and gradients in MiB, log scale")
+    right.set_xlabel("peak memory in MiB, log scale")
     left.set_yticks(range(len(cases)), [f"{c}\n(floor {_ms(floors[c])} ms)" if c in floors else c for c in cases])
     left.invert_yaxis()
     for axes in (left, right):
