@@ -233,29 +233,28 @@ def _read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[list[int]]:
     """Token ids of every text: in the tokenizer's chat template, or else request, empty line, response.
 
+    A text that is too long loses the end of its response, then of its request, but never what the template puts around
+    them: the last token, whose state represents the text, means the same in every text.
+
     Args:
-        tokenizer: any tokenizer; says once if it has no chat template.
+        tokenizer: any tokenizer; it is said once if it has no chat template.
         texts: N texts.
-        max_length: longer texts are cut, said in a warning.
+        max_length: tokens that a text may have; how many were cut is said in a warning.
 
     Raises:
-        InputError: the chat template refuses a text, or a text has no token; names its source.
+        InputError: the chat template refuses a text, a text has no token, or `max_length` has no room for the template;
+            names the source of the text.
     """
-    templated = tokenizer.chat_template is not None
-    if not templated and any(text.response is not None for text in texts):
+    if tokenizer.chat_template is None and any(text.response is not None for text in texts):
         logger.warning("The tokenizer has no chat template: request and response are joined by an empty line.")
     rows: list[list[int]] = []
     cut = 0
     for text in texts:
-        in_template = templated and text.response is not None
-        string = _render(tokenizer, text) if in_template else "\n\n".join(filter(None, (text.prompt, text.response)))
-        # A chat template writes the special tokens itself.
-        ids = tokenizer(string, add_special_tokens=not in_template, verbose=False)["input_ids"]
-        if len(ids) > max_length:
-            cut += 1
-            ids = tokenizer(
-                string, add_special_tokens=not in_template, truncation=True, max_length=max_length, verbose=False
-            )["input_ids"]
+        ids = _token_ids(tokenizer, text)
+        cut += len(ids) > max_length
+        while len(ids) > max_length:
+            text = _shorten(tokenizer, text, len(ids) - max_length)
+            ids = _token_ids(tokenizer, text)
         if not ids:
             raise InputError(f"{text.source}: expected text that the tokenizer knows, got no token at all")
         rows.append(ids)
@@ -264,13 +263,32 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_leng
     return rows
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
-    turns = (("user", text.prompt), ("assistant", text.response))
-    messages = [{"role": role, "content": content} for role, content in turns if content]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
-        raise InputError(f"{text.source}: the tokenizer's chat template refuses this text; {error}") from error
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    if tokenizer.chat_template is None or text.response is None:
+        string, complete = "\n\n".join(filter(None, (text.prompt, text.response))), False
+    else:
+        turns = (("user", text.prompt), ("assistant", text.response))
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        try:
+            # A chat template writes the special tokens itself.
+            string, complete = str(tokenizer.apply_chat_template(messages, tokenize=False)), True
+        except TemplateError as error:
+            raise InputError(f"{text.source}: the tokenizer's chat template refuses this text; {error}") from error
+    ids: list[int] = tokenizer(string, add_special_tokens=not complete, verbose=False)["input_ids"]
+    return ids
+
+
+def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int) -> Text:
+    """Take some `excess` tokens, at least one, from the end of the response, or once that is empty of the request."""
+    name = "response" if text.response else "prompt"
+    content = getattr(text, name)
+    if not content:
+        raise InputError(
+            f"--max_length: expected room for more than the chat template itself, which is {excess} too long"
+        )
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    shorter = tokenizer.decode(ids[: max(0, len(ids) - excess)])
+    return text._replace(**{name: shorter if len(shorter) < len(content) else content[:-1]})
 
 
 class PairDataset(Dataset[dict[str, Any]]):

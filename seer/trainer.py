@@ -124,8 +124,6 @@ class SeerTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
         )
-        # The loss is a mean over the batch: the Trainer must divide it by the number of accumulated batches.
-        self.model_accepts_loss_kwargs = False
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
         return LoraConfig(
@@ -304,7 +302,7 @@ class SeerTrainer(Trainer):
 
 
 class _SetPairEpoch(TrainerCallback):
-    """Tells the sampler the epoch, which after a resume is not the first."""
+    """Tells the sampler the epoch; accelerate does not in a resumed run of several processes."""
 
     def __init__(self, sampler: PairSampler) -> None:
         self.sampler = sampler

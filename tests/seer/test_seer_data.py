@@ -133,12 +133,23 @@ def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenize
     assert sum("chat template" in record.message for record in caplog.records) == 1
 
 
-def test_long_texts_are_cut_and_it_is_said(tokenizer, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", None)
+def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> None:
+    text = Text("name a cat", " ".join(["dog", "cow"] * 20), "s")
+    whole = tokenize(tokenizer, [text], 64)[0]
     with caplog.at_level(logging.WARNING):
-        rows = tokenize(tokenizer, [Text("a " * 30, None, "s"), Text("a " * 8, None, "s")], 8)
-    assert [len(row) for row in rows] == [8, 8]
-    assert "1 of 2 texts are longer than 8 tokens" in caplog.text
+        rows = tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)
+    assert "1 of 2 texts are longer than 12 tokens" in caplog.text
+    assert len(rows[0]) == 12
+    assert rows[0] == whole[:11] + whole[-1:]
+    assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
+    with pytest.raises(InputError, match=r"--max_length: expected room for more than the chat template"):
+        tokenize(tokenizer, [text], 0)
+
+
+def test_long_plain_texts_are_cut_at_the_end(tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    rows = tokenize(tokenizer, [Text("cat dog " * 30, None, "s"), Text("cat dog " * 4, None, "s")], 8)
+    assert rows[0] == rows[1]
 
 
 def test_text_without_tokens_is_refused(tokenizer, monkeypatch) -> None:

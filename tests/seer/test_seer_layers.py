@@ -52,8 +52,10 @@ def test_adapter_changes_its_layers_and_later_ones_and_can_be_disabled(make_mode
         model = with_lora(make_model(architecture))
         stack = find_layers(model)
         adapted = forward_states(model, INPUTS, stack)
+        model.train()
         with base_model_of(model):
             base = forward_states(model, INPUTS, stack)
+        assert all(part.training for part in model.modules())
     torch.testing.assert_close(adapted.embeddings, expected.embeddings)
     for layer in range(3):
         torch.testing.assert_close(base.layers[layer], expected.layers[layer])

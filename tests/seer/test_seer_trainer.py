@@ -83,7 +83,7 @@ def test_loss_and_gradient_are_those_of_the_method(
     make_model, make_config, dataset, tokenizer, architecture, with_retain_texts
 ) -> None:
     config = make_config(
-        target_layers=[0, 1], lora_dropout=0.0, same_label="ignore", retain_weight=3.0, kl_weight=2.0, temperature=0.3
+        target_layers=[0, 2], lora_dropout=0.0, same_label="ignore", retain_weight=3.0, kl_weight=2.0, temperature=0.3
     )
     retain_dataset = RETAIN if with_retain_texts else None
     trainer = exact(SeerTrainer(make_model(architecture), config, dataset, tokenizer, retain_dataset=retain_dataset))
@@ -240,9 +240,21 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_an_epoch_has_the_pairs_of_its_number(make_model, make_config, dataset, tokenizer) -> None:
+    """Told by the trainer itself: what accelerate does about it depends on how many processes there are."""
+    trainer = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
+    first = list(trainer._sampler)
+    trainer.state.epoch = 3.5
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer._sampler.epoch == 3
+    assert list(trainer._sampler) != first
+
+
 def test_the_seed_decides_the_adapter(make_model, make_config, dataset, tokenizer) -> None:
     def train(seed: int) -> dict[str, Tensor]:
-        trainer = SeerTrainer(make_model("llama"), make_config(max_steps=5, seed=seed), dataset, tokenizer)
+        model = make_model("llama")
+        torch.seed()  # what the caller did with the generator must not matter
+        trainer = SeerTrainer(model, make_config(max_steps=5, seed=seed), dataset, tokenizer)
         trainer.train()
         return {name: p.detach() for name, p in trainer.model.named_parameters() if "lora_" in name}
 
