@@ -280,15 +280,15 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int) -> Text:
     """Take some `excess` tokens, at least one, from the end of the response, or once that is empty of the request."""
-    name = "response" if text.response else "prompt"
-    content = getattr(text, name)
-    if not content:
-        raise InputError(
-            f"--max_length: expected room for more than the chat template itself, which is {excess} too long"
-        )
+    content = text.response or text.prompt
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    shorter = tokenizer.decode(ids[: max(0, len(ids) - excess)])
-    return text._replace(**{name: shorter if len(shorter) < len(content) else content[:-1]})
+    shorter = str(tokenizer.decode(ids[: max(0, len(ids) - excess)]))
+    if len(shorter) >= len(content):  # a round trip through tokens may add characters
+        shorter = content[:-1]
+    text = text._replace(response=shorter) if text.response else text._replace(prompt=shorter)
+    if not text.prompt and not text.response:
+        raise InputError("--max_length: expected room for text inside the chat template, got too few tokens")
+    return text
 
 
 class PairDataset(Dataset[dict[str, Any]]):

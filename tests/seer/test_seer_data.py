@@ -142,8 +142,8 @@ def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> No
     assert len(rows[0]) == 12
     assert rows[0] == whole[:11] + whole[-1:]
     assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
-    with pytest.raises(InputError, match=r"--max_length: expected room for more than the chat template"):
-        tokenize(tokenizer, [text], 0)
+    with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
+        tokenize(tokenizer, [text], 2)
 
 
 def test_long_plain_texts_are_cut_at_the_end(tokenizer, monkeypatch) -> None:
