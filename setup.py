@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -19,7 +18,8 @@ from setuptools import setup
 
 TARGETS = ("80", "90", "100", "120")
 CPU_SOURCES = ("csrc/module.cpp", "csrc/cpu/contrastive.cpp", "csrc/cpu/instruction_set.cpp")
-CUDA_SOURCES: tuple[str, ...] = ()
+CUDA_SOURCES = ("csrc/cuda/contrastive.cu",)
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 HEADERS = tuple(str(p) for p in sorted(Path("csrc").rglob("*.h")))
 
 
@@ -49,12 +49,36 @@ def cuda_targets(nvcc: str) -> list[str]:
     known = re.findall(r"compute_(\d+)", listing)
     wish = os.environ.get("SEER_KERNELS_ARCHS")
     if not wish:
-        return [t for t in TARGETS if t in known]
+        targets = [t for t in TARGETS if t in known]
+        if not targets:
+            raise SystemExit(
+                f"{nvcc} knows none of the GPU targets {', '.join(TARGETS)}; it knows {', '.join(known)}. "
+                "Install a newer CUDA toolkit, or build without it: SEER_KERNELS_CUDA=0"
+            )
+        return targets
     targets = [t for t in re.split(r"[,; ]+", wish) if t]
     unknown = [t for t in targets if t not in known]
     if unknown or not targets:
-        raise SystemExit(f"SEER_KERNELS_ARCHS={wish!r}: {nvcc} does not know {unknown}; it knows {', '.join(known)}")
-    return targets
+        raise SystemExit(
+            f"SEER_KERNELS_ARCHS must name GPU targets such as {','.join(TARGETS)}; got {wish!r}, and {nvcc} "
+            f"knows only {', '.join(known)}"
+        )
+    return sorted(set(targets), key=int)
+
+
+def cuda_libraries(nvcc: str) -> str:
+    """The folder of the static CUDA runtime. nvcc says where its toolkit is: the one on PATH may be a wrapper."""
+    trace = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", trace, re.MULTILINE)
+    toolkit = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    for pattern in ("lib64", "lib", "targets/*/lib"):
+        for folder in sorted(toolkit.glob(pattern)):
+            if (folder / "libcudart_static.a").exists():
+                return str(folder.resolve())
+    raise SystemExit(
+        f"no libcudart_static.a in the CUDA toolkit {toolkit} of {nvcc}: install the runtime's development files, "
+        "or build without CUDA: SEER_KERNELS_CUDA=0"
+    )
 
 
 class BuildNative(build_ext):
@@ -62,14 +86,17 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Pybind11Extension) -> None:
         nvcc = cuda_compiler()
-        built = "CPU"
         if nvcc:
             targets = cuda_targets(nvcc)
             self.build_cuda(extension, nvcc, targets)
-            built += f" and CUDA for {', '.join('sm_' + t for t in targets)} ({nvcc})"
+            built = f"CPU and CUDA for {', '.join('sm_' + t for t in targets)} ({nvcc})"
         else:
-            built += " only (no nvcc)" if find_nvcc() is None else " only (SEER_KERNELS_CUDA=0)"
+            built = "CPU only (no nvcc)" if find_nvcc() is None else "CPU only (SEER_KERNELS_CUDA=0)"
+        # A module left in the build folder serves only if it was built for the same.
+        stamp = Path(self.build_temp, "built")
+        self.force = self.force or not stamp.exists() or stamp.read_text() != built
         super().build_extension(extension)
+        stamp.write_text(built)
         print(f"seer-kernels: built the native module for {built}", file=sys.stderr, flush=True)
 
     def build_cuda(self, extension: Pybind11Extension, nvcc: str, targets: list[str]) -> None:
@@ -78,17 +105,13 @@ class BuildNative(build_ext):
         # Machine code for each target, and PTX of the newest for GPUs to come.
         codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
         codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-
-        def compile_one(source: str) -> str:
-            target = folder / (Path(source).stem + ".o")
-            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
-            subprocess.run([nvcc, *flags, *codes, "-c", source, "-o", str(target)], check=True)
-            return str(target)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            extension.extra_objects += pool.map(compile_one, CUDA_SOURCES)
-        library_folders = [p for p in (Path(nvcc).resolve().parent.parent / d for d in ("lib64", "lib")) if p.exists()]
-        extension.library_dirs += [str(p) for p in library_folders]
+        for source in CUDA_SOURCES:
+            built = str(folder / (Path(source).stem + ".o"))
+            command = [nvcc, *NVCC_FLAGS, "--threads=0", *codes, "-c", source, "-o", built]
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"{' '.join(command)} failed; SEER_KERNELS_CUDA=0 builds without CUDA")
+            extension.extra_objects.append(built)
+        extension.library_dirs.append(cuda_libraries(nvcc))
         extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         extension.define_macros.append(("SEER_CUDA_ARCHITECTURES", f'"{",".join(targets)}"'))
 
@@ -98,7 +121,7 @@ setup(
         Pybind11Extension(
             "seer_kernels._native",
             sources=list(CPU_SOURCES),
-            depends=list(HEADERS),
+            depends=[*HEADERS, *CUDA_SOURCES],
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread"],

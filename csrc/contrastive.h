@@ -60,11 +60,13 @@ void project_rows(T* gradient, const T* x, const T* inverse_norm, int64_t rows, 
 
 namespace cuda {
 
+// `stream` is a cudaStream_t of `device`. Work is queued on it; nothing waits. Throws where CUDA refuses the launch.
 template <class T>
-void contrastive_rows(const RowBlock<T>& block, int device, void* stream);
+void contrastive_rows(const RowBlock<T>& block, int device, std::uintptr_t stream);
 
 template <class T>
-void project_rows(T* gradient, const T* x, const T* inverse_norm, int64_t rows, int64_t D, int device, void* stream);
+void project_rows(T* gradient, const T* x, const T* inverse_norm, int64_t rows, int64_t D, int device,
+                  std::uintptr_t stream);
 
 }  // namespace cuda
 }  // namespace seer

@@ -7,10 +7,6 @@
 #include "contrastive.h"
 #include "cpu/instruction_set.h"
 
-#if !defined(SEER_CUDA_ARCHITECTURES)
-#define SEER_CUDA_ARCHITECTURES ""
-#endif
-
 namespace py = pybind11;
 using namespace seer;
 
@@ -21,14 +17,17 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class T>
-void bind_contrastive(py::module_& m, const char* type) {
+// Binds both kernels under `suffix`. Their last arguments, of types Where and named `where`, say where they run.
+template <class T, class... Where, class... Names>
+void bind_contrastive(py::module_& m, const std::string& suffix, void (*contrastive_rows)(const RowBlock<T>&, Where...),
+                      void (*project_rows)(T*, const T*, const T*, int64_t, int64_t, Where...), const Names&... where) {
   m.def(
-      (std::string("contrastive_rows_") + type).c_str(),
-      [](std::uintptr_t products, int64_t first_problem, int64_t problem_count, int64_t first_row, int64_t row_count,
-         int64_t P, int64_t N, int64_t M, std::uintptr_t query_scale, std::uintptr_t key_scale,
-         std::uintptr_t query_labels, std::uintptr_t key_labels, std::uintptr_t weights, std::uintptr_t row_gradient,
-         std::uintptr_t temperature, int same_label, bool write_gradient, std::uintptr_t rows, int threads) {
+      ("contrastive_rows_" + suffix).c_str(),
+      [contrastive_rows](std::uintptr_t products, int64_t first_problem, int64_t problem_count, int64_t first_row,
+                         int64_t row_count, int64_t P, int64_t N, int64_t M, std::uintptr_t query_scale,
+                         std::uintptr_t key_scale, std::uintptr_t query_labels, std::uintptr_t key_labels,
+                         std::uintptr_t weights, std::uintptr_t row_gradient, std::uintptr_t temperature,
+                         int same_label, bool write_gradient, std::uintptr_t rows, Where... place) {
         const RowBlock<T> block{pointer<T>(products),
                                 first_problem,
                                 problem_count,
@@ -47,31 +46,37 @@ void bind_contrastive(py::module_& m, const char* type) {
                                 static_cast<SameLabel>(same_label),
                                 write_gradient,
                                 pointer<T>(rows)};
-        cpu::contrastive_rows(block, threads);
+        contrastive_rows(block, place...);
       },
       py::kw_only(), py::arg("products"), py::arg("first_problem"), py::arg("problem_count"), py::arg("first_row"),
       py::arg("row_count"), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("query_scale"), py::arg("key_scale"),
       py::arg("query_labels"), py::arg("key_labels"), py::arg("weights"), py::arg("row_gradient"),
-      py::arg("temperature"), py::arg("same_label"), py::arg("write_gradient"), py::arg("rows"), py::arg("threads"),
+      py::arg("temperature"), py::arg("same_label"), py::arg("write_gradient"), py::arg("rows"), py::arg(where)...,
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      (std::string("project_rows_") + type).c_str(),
-      [](std::uintptr_t gradient, std::uintptr_t x, std::uintptr_t inverse_norm, int64_t rows, int64_t D,
-         int threads) {
-        cpu::project_rows(pointer<T>(gradient), pointer<const T>(x), pointer<const T>(inverse_norm), rows, D, threads);
+      ("project_rows_" + suffix).c_str(),
+      [project_rows](std::uintptr_t gradient, std::uintptr_t x, std::uintptr_t inverse_norm, int64_t rows, int64_t D,
+                     Where... place) {
+        project_rows(pointer<T>(gradient), pointer<const T>(x), pointer<const T>(inverse_norm), rows, D, place...);
       },
       py::kw_only(), py::arg("gradient"), py::arg("x"), py::arg("inverse_norm"), py::arg("rows"), py::arg("D"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg(where)..., py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of seer_kernels. Private: call the functions of seer_kernels instead.";
-  m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
   m.def("instruction_set", [] { return static_cast<int>(cpu::instruction_set()); });
   m.def("best_instruction_set", [] { return static_cast<int>(cpu::best_instruction_set()); });
   m.def("limit_instruction_set", [](int limit) { cpu::limit_instruction_set(static_cast<cpu::InstructionSet>(limit)); });
-  bind_contrastive<float>(m, "f32");
-  bind_contrastive<double>(m, "f64");
+  bind_contrastive(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");
+  bind_contrastive(m, "f64", cpu::contrastive_rows<double>, cpu::project_rows<double>, "threads");
+#if defined(SEER_CUDA_ARCHITECTURES)
+  m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
+  bind_contrastive(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");
+  bind_contrastive(m, "cuda_f64", cuda::contrastive_rows<double>, cuda::project_rows<double>, "device", "stream");
+#else
+  m.attr("cuda_architectures") = "";
+#endif
 }

@@ -41,6 +41,9 @@ def _sweep(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowR
     (P, N, D), M = query.shape, key.shape[1]
     query_scale = _inverse_norms(query, dtype) if problem.normalize else None
     key_scale = _inverse_norms(key, dtype) if problem.normalize else None
+    temperature = problem.temperature
+    if temperature.device != query.device:  # a number: filling it in needs no synchronisation, a copy would
+        temperature = query.new_full((), temperature.item(), dtype=dtype)
     rows = query.new_empty(7, P, N, dtype=dtype)
     query_gradient = query.new_empty(P, N, D, dtype=dtype) if wanted.query else None
     key_gradient = query.new_empty(P, M, D, dtype=dtype) if wanted.key else None
@@ -71,7 +74,7 @@ def _sweep(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowR
             key_labels=_address(problem.key_labels),
             weights=_address(problem.weights),
             row_gradient=row_gradient.data_ptr(),
-            temperature=problem.temperature.data_ptr(),
+            temperature=temperature.data_ptr(),
             same_label=SAME_LABEL.index(problem.same_label),
             write_gradient=wanted.query or wanted.key,
             rows=rows.data_ptr(),
@@ -137,5 +140,10 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _launch(kernel: str, like: Tensor, **arguments: int | bool) -> None:
+    """Runs a compiled kernel where `like` lives; on a GPU it is queued on the current stream."""
     suffix = "f64" if like.dtype == torch.float64 else "f32"
-    getattr(_native, f"{kernel}_{suffix}")(**arguments, threads=torch.get_num_threads())
+    if like.device.type == "cuda":
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+        getattr(_native, f"{kernel}_cuda_{suffix}")(**arguments, device=like.get_device(), stream=stream)
+    else:
+        getattr(_native, f"{kernel}_{suffix}")(**arguments, threads=torch.get_num_threads())
