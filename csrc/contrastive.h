@@ -14,7 +14,24 @@ namespace seer {
 // What a key with the query's label is, unless it is the query's own pair.
 enum class SameLabel : int { kNegative = 0, kIgnore = 1, kPositive = 2 };
 
-// What the epilogue writes for each query; one plane of [P, N] each, in this order.
+// P problems of N queries against M keys: what decides logits and pairs. [P, N] per query, [P, M] per key, contiguous.
+template <class T>
+struct Operands {
+  int64_t P, N, M;
+  const T* query_scale;         // 1 / |query|; null for ones
+  const T* key_scale;           // 1 / |key|; null for ones
+  const T* temperature;         // one value
+  const T* bias;                // one value, for the sigmoid loss; else null
+  const int32_t* query_labels;  // null for none
+  const int32_t* key_labels;
+  const T* weights;     // [P, N]: a query of weight 0 does not exist; null for ones
+  bool shared_weights;  // nor does the key of the same index then
+  int64_t own_shift;    // key (i + own_shift) mod M is query i's own pair; -1 for none
+  bool self_contrast;   // the keys are the queries, and no row is compared with itself
+  SameLabel same_label;
+};
+
+// What the row epilogue writes for each query; one plane of [P, N] each, in this order.
 enum RowPlane : int {
   kLoss,
   kValid,
@@ -22,34 +39,70 @@ enum RowPlane : int {
   kNegativeSimilarity,
   kHasNegative,
   kTop1,
-  kLogitDot,  // row_gradient_i * sum_j (d loss_i / d logit_ij) logit_ij, for the gradient of the temperature
+  kLogitDot,  // row_gradient_i * sum_j (d loss_i / d logit_ij) similarity_ij / temperature
+  kLogitSum,  // row_gradient_i * sum_j (d loss_i / d logit_ij)
   kRowPlanes
 };
 
-// A block of `problem_count` problems x `row_count` queries of P problems with N queries and M keys. All other arrays
-// belong to the whole: [P, N] per query, [P, M] per key, contiguous.
+// `row_count` queries of each of `problem_count` problems against all keys.
 template <class T>
-struct RowBlock {
+struct RowBlock : Operands<T> {
   T* products;  // [problem_count, row_count, M] in: query . key; out, with write_gradient: d total / d product
   int64_t first_problem, problem_count;
   int64_t first_row, row_count;
-  int64_t P, N, M;
-  const T* query_scale;         // 1 / |query|; null for ones
-  const T* key_scale;           // 1 / |key|; null for ones
-  const int32_t* query_labels;  // null for none
-  const int32_t* key_labels;
-  const T* weights;       // a pair of weight 0 does not exist; null for ones
   const T* row_gradient;  // d total / d loss_i
-  const T* temperature;   // one value
-  SameLabel same_label;
   bool write_gradient;
   T* rows;  // [kRowPlanes, P, N]
+};
+
+// What is kept of an anchor (a query, or a key in its turn as query) while its row is seen in parts; planes of [P, N].
+enum AnchorPlane : int {
+  kTopLogit,
+  kExponentials,       // sum over candidates of e^(logit - top)
+  kWeightedBelow,      // sum over candidates of e^(logit - top) (logit - top)
+  kPositiveSum,        // of logits
+  kPositiveCount,
+  kNegativeSum,
+  kNegativeCount,
+  kBestPositive,
+  kBestNegative,
+  kAnchorPlanes
+};
+
+// `row_count` queries of each of `problem_count` problems against `column_count` keys. Pairs are seen from both sides:
+// rows as anchors, and columns as anchors.
+template <class T>
+struct Panel : Operands<T> {
+  T* products;  // [problem_count, row_count, column_count]
+  int64_t first_problem, problem_count;
+  int64_t first_row, row_count;
+  int64_t first_column, column_count;
+};
+
+// For the gradient, of each anchor: planes of [P, N].
+enum SlopePlane : int {
+  kNormalizer,  // logsumexp of the anchor's logits
+  kTarget,      // 1 / number of its positives
+  kSlope,       // d total / d loss of the anchor; 0 where the anchor has no loss
 };
 
 namespace cpu {
 
 template <class T>
 void contrastive_rows(const RowBlock<T>& block, int threads);
+
+// Adds the panel's logits to what is known of its rows as anchors.
+template <class T>
+void row_statistics(const Panel<T>& panel, T* anchors, int threads);
+
+// Adds the panel's logits to what is known of its columns from `begin` to `end` (indices of keys) as anchors.
+template <class T>
+void column_statistics(const Panel<T>& panel, T* anchors, int64_t begin, int64_t end, int threads);
+
+// Overwrites the products by d total / d product, the sum of what rows and columns as anchors contribute. Columns from
+// N on are no anchors.
+template <class T>
+void panel_gradient(const Panel<T>& panel, const T* row_slopes, const T* column_slopes, int threads);
 
 // Takes the gradient with respect to x / |x| scaled by 1 / |x| to the gradient with respect to x, in place: removes its
 // component along x. All [rows, D] contiguous, inverse_norm [rows].

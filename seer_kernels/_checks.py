@@ -45,16 +45,44 @@ def check_same_kind(name: str, value: Tensor, other_name: str, other: Tensor) ->
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}); got {value.device}")
 
 
+def check_feature_pair(name: str, value: object, other_name: str, other: object) -> None:
+    """Both must be features, of one dtype and on one device."""
+    check_features(name, value)
+    check_features(other_name, other)
+    check_same_kind(other_name, other, name, value)  # type: ignore[arg-type]
+
+
+def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` must have the shape of `other`."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}; got {tuple(value.shape)}")
+
+
+def check_key_shapes(name: str, key: Tensor, other_name: str, query: Tensor, *, at_least: str = "") -> None:
+    """`key` must be (..., M, D) for a `query` of (..., N, D)."""
+    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
+        rows = f"M{at_least}"
+        expected = f"({', '.join(map(str, (*query.shape[:-2], rows, query.shape[-1])))})"
+        raise ValueError(
+            f"{name} must have shape {expected} to match {other_name} {tuple(query.shape)}; got {tuple(key.shape)}"
+        )
+
+
 def check_pair_shapes(query: Tensor, key: Tensor) -> None:
     """`key` must be (..., M, D) for a `query` of (..., N, D), with M >= N."""
-    expected = f"{tuple(query.shape[:-2])} + (M >= {query.shape[-2]}, {query.shape[-1]})"
-    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have shape {expected} to match query {tuple(query.shape)}; got {tuple(key.shape)}")
+    check_key_shapes("key", key, "query", query, at_least=f" >= {query.shape[-2]}")
     if key.shape[-2] < query.shape[-2]:
         raise ValueError(
             f"key must have at least as many rows as query (row i of query pairs with row i of key): "
-            f"expected {expected}, got {tuple(key.shape)}"
+            f"expected {query.shape[-2]} or more, got {key.shape[-2]}"
         )
+
+
+def check_same_label(value: str, choices: Iterable[str], labels_name: str, labels: object) -> None:
+    """`same_label` must be a choice, and needs labels unless it is the default."""
+    check_choice("same_label", value, choices)
+    if labels is None and value != "negative":
+        raise ValueError(f"same_label={value!r} needs {labels_name}; got none")
 
 
 def check_rows(name: str, value: object, leading: torch.Size, rows: int, device: torch.device) -> Tensor:

@@ -58,12 +58,8 @@ def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
 def _refusal(operator: Callable[..., Any], message: str) -> type[torch.autograd.Function]:
     class Refusal(torch.autograd.Function):
         @staticmethod
-        def forward(*arguments: Any) -> Any:
+        def forward(ctx: Any, *arguments: Any) -> Any:
             return below_autograd(operator, *arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:

@@ -125,3 +125,22 @@ inline typename Simd<double>::V exp_nonpositive(typename Simd<double>::V x) {
   for (int l = 0; l < Simd<double>::kLanes; ++l) x[l] = std::exp(x[l]);
   return x;
 }
+
+// log(1 + x) for x in [0, 1], to 2 ulp: 2 atanh(x / (2 + x)) as its odd power series in x / (2 + x) <= 1/3.
+inline typename Simd<float>::V log1p_unit(typename Simd<float>::V x) {
+  typedef Simd<float>::V V;
+  const V t = x / (x + 2.0f), t2 = t * t;
+  V y = t2 * (2.0f / 15) + 2.0f / 13;
+  y = y * t2 + 2.0f / 11;
+  y = y * t2 + 2.0f / 9;
+  y = y * t2 + 2.0f / 7;
+  y = y * t2 + 2.0f / 5;
+  y = y * t2 + 2.0f / 3;
+  y = y * t2 + 2.0f;
+  return y * t;
+}
+
+inline typename Simd<double>::V log1p_unit(typename Simd<double>::V x) {
+  for (int l = 0; l < Simd<double>::kLanes; ++l) x[l] = std::log1p(x[l]);
+  return x;
+}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.contrastive import native, reference
 from seer_kernels.contrastive.problem import (
     SAME_LABEL,
     Gradients,
+    Pairing,
     Problem,
     RowResults,
     Wanted,
@@ -27,11 +29,25 @@ class ContrastiveStatistics(NamedTuple):
     """How well positives stand out, weighted over the rows like the mean loss. Detached, one value per problem."""
 
     positive_similarity: Tensor
-    """Mean similarity to the positives (cosine where `normalize`, before the temperature)."""
+    """Mean similarity to the positives (cosine where `normalize`, before temperature and bias)."""
     negative_similarity: Tensor
     """Mean similarity to the negatives, over the rows that have one."""
     top1_accuracy: Tensor
     """Share of rows in which some positive is more similar than every negative (a tie is a miss)."""
+
+
+class _Tail(TypedDict, total=False):
+    """The keyword arguments that all losses share, for the type checker."""
+
+    normalize: bool
+    weights: Tensor | None
+    reduction: str
+    backend: str
+    validate: bool
+
+
+class _LabelledTail(_Tail, total=False):
+    same_label: str
 
 
 @overload
@@ -42,13 +58,9 @@ def info_nce(
     temperature: float | Tensor = ...,
     query_labels: Tensor | None = ...,
     key_labels: Tensor | None = ...,
-    same_label: str = ...,
-    normalize: bool = ...,
-    weights: Tensor | None = ...,
-    reduction: str = ...,
+    symmetric: bool = ...,
     return_stats: Literal[False] = ...,
-    backend: str = ...,
-    validate: bool = ...,
+    **tail: Unpack[_LabelledTail],
 ) -> Tensor: ...
 
 
@@ -60,13 +72,9 @@ def info_nce(
     temperature: float | Tensor = ...,
     query_labels: Tensor | None = ...,
     key_labels: Tensor | None = ...,
-    same_label: str = ...,
-    normalize: bool = ...,
-    weights: Tensor | None = ...,
-    reduction: str = ...,
+    symmetric: bool = ...,
     return_stats: Literal[True],
-    backend: str = ...,
-    validate: bool = ...,
+    **tail: Unpack[_LabelledTail],
 ) -> tuple[Tensor, ContrastiveStatistics]: ...
 
 
@@ -78,6 +86,7 @@ def info_nce(
     query_labels: Tensor | None = None,
     key_labels: Tensor | None = None,
     same_label: str = "negative",
+    symmetric: bool = False,
     normalize: bool = True,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -104,6 +113,8 @@ def info_nce(
         key_labels: integer labels that broadcast to (..., M).
         same_label: what a key with the query's label is, its own pair apart: `"negative"`, `"ignore"` (leaves the
             denominator) or `"positive"`. Without labels only the own pair is positive and all other keys are negatives.
+        symmetric: average this loss and the one of every key against all queries (CLIP, Radford et al. 2021, arXiv
+            2103.00020). Keys of a bank are no anchors, having no query of their own.
         normalize: compare by cosine; if False by dot product.
         weights: weights (>= 0) or a boolean mask that broadcast to (..., N). A pair of weight 0 does not exist, neither
             as query nor as key: this is how padding is expressed. Its features must still be finite.
@@ -123,53 +134,356 @@ def info_nce(
         ValueError: a wrong shape, device, choice or value.
         RuntimeError: the requested backend cannot run here.
     """
-    _checks.check_features("query", query)
-    _checks.check_features("key", key)
-    _checks.check_same_kind("key", key, "query", query)
+    _checks.check_feature_pair("query", query, "key", key)
     _checks.check_pair_shapes(query, key)
-    _checks.check_scalar("temperature", temperature)
-    _checks.check_choice("same_label", same_label, SAME_LABEL)
+    query_labels, key_labels = _pair_labels(query, key, query_labels, key_labels, same_label)
+    return _loss(
+        query,
+        key,
+        pairing="rows",
+        form="symmetric" if symmetric else "softmax",
+        temperature=temperature,
+        query_labels=query_labels,
+        key_labels=key_labels,
+        same_label=same_label,
+        normalize=normalize,
+        weights=weights,
+        reduction=reduction,
+        return_stats=return_stats,
+        backend=backend,
+        validate=validate,
+    )
+
+
+@overload
+def nt_xent(
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    labels: Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+    **tail: Unpack[_LabelledTail],
+) -> Tensor: ...
+
+
+@overload
+def nt_xent(
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    labels: Tensor | None = ...,
+    return_stats: Literal[True],
+    **tail: Unpack[_LabelledTail],
+) -> tuple[Tensor, ContrastiveStatistics]: ...
+
+
+def nt_xent(
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    labels: Tensor | None = None,
+    same_label: str = "negative",
+    normalize: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStatistics]:
+    """NT-Xent: each of the 2N rows of two views against the other 2N - 1; the positive is the other view of its sample.
+
+    The loss of a row is that of `info_nce` (Chen et al. 2020, SimCLR, arXiv 2002.05709, equation 1).
+
+    Args:
+        view1: (..., N, D) in float64, float32, bfloat16 or float16. Leading dimensions are independent problems.
+        view2: like `view1`; row i is the other view of the sample in row i of `view1`.
+        labels: integer labels of the samples that broadcast to (..., N).
+        same_label: what a row with the same label is, other than the own other view: as in `info_nce`.
+        weights: weights (>= 0) or a boolean mask of the samples that broadcast to (..., N); a sample of weight 0 does
+            not exist in either view.
+        temperature, normalize, reduction, return_stats, backend, validate: as in `info_nce`.
+
+    Returns:
+        As `info_nce`; the rows are those of `view1`, then those of `view2`, so `"none"` gives (..., 2N).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `info_nce`.
+    """
+    _checks.check_feature_pair("view1", view1, "view2", view2)
+    _checks.check_same_shape("view2", view2, "view1", view1)
+    leading, n, device = view1.shape[:-2], view1.shape[-2], view1.device
+    if labels is not None:
+        labels = _checks.check_labels("labels", labels, leading, n, device).repeat(*[1] * len(leading), 2)
+    _checks.check_same_label(same_label, SAME_LABEL, "labels", labels)
+    if weights is not None:
+        weights = _checks.check_weights(weights, leading, n, device).repeat(*[1] * len(leading), 2)
+    return _loss(
+        view1,
+        view2,
+        pairing="views",
+        temperature=temperature,
+        query_labels=labels,
+        key_labels=labels,
+        same_label=same_label,
+        normalize=normalize,
+        weights=weights,
+        reduction=reduction,
+        return_stats=return_stats,
+        backend=backend,
+        validate=validate,
+    )
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    keys: Tensor | None = ...,
+    key_labels: Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+    **tail: Unpack[_Tail],
+) -> Tensor: ...
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    keys: Tensor | None = ...,
+    key_labels: Tensor | None = ...,
+    return_stats: Literal[True],
+    **tail: Unpack[_Tail],
+) -> tuple[Tensor, ContrastiveStatistics]: ...
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    normalize: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStatistics]:
+    """Supervised contrastive loss: every row should be more similar to the rows of its label than to all others.
+
+    The loss of a row is that of `info_nce` with all other rows of its label as positives, the mean taken outside the
+    logarithm (Khosla et al. 2020, arXiv 2004.11362, equation 2). A row that is alone with its label contributes 0 and
+    is left out of the mean.
+
+    Args:
+        features: (..., N, D) in float64, float32, bfloat16 or float16. Leading dimensions are independent problems.
+        labels: integer labels that broadcast to (..., N).
+        keys: (..., M, D), the set to compare with (a memory bank, say); default: the other rows of `features`.
+        key_labels: integer labels of `keys` that broadcast to (..., M); given exactly if `keys` is.
+        weights: weights (>= 0) or a boolean mask that broadcast to (..., N). A row of weight 0 does not exist; `keys`,
+            where given, have no weights.
+        temperature, normalize, reduction, return_stats, backend, validate: as in `info_nce`.
+
+    Returns:
+        As `info_nce`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `info_nce`.
+    """
+    _checks.check_features("features", features)
+    leading, n, device = features.shape[:-2], features.shape[-2], features.device
+    labels = _checks.check_labels("labels", labels, leading, n, device)
+    if (keys is None) != (key_labels is None):
+        missing, given = ("keys", "key_labels") if keys is None else ("key_labels", "keys")
+        raise ValueError(f"{missing} must be given together with {given}; got None")
+    if keys is not None:
+        _checks.check_feature_pair("features", features, "keys", keys)
+        _checks.check_key_shapes("keys", keys, "features", features)
+        key_labels = _checks.check_labels("key_labels", key_labels, leading, keys.shape[-2], device)
+    return _loss(
+        features,
+        keys,
+        pairing="self" if keys is None else "labels",
+        temperature=temperature,
+        query_labels=labels,
+        key_labels=labels if keys is None else key_labels,
+        same_label="positive",
+        normalize=normalize,
+        weights=weights,
+        reduction=reduction,
+        return_stats=return_stats,
+        backend=backend,
+        validate=validate,
+    )
+
+
+@overload
+def siglip(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    query_labels: Tensor | None = ...,
+    key_labels: Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+    **tail: Unpack[_LabelledTail],
+) -> Tensor: ...
+
+
+@overload
+def siglip(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    query_labels: Tensor | None = ...,
+    key_labels: Tensor | None = ...,
+    return_stats: Literal[True],
+    **tail: Unpack[_LabelledTail],
+) -> tuple[Tensor, ContrastiveStatistics]: ...
+
+
+def siglip(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    same_label: str = "negative",
+    normalize: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStatistics]:
+    """Sigmoid loss: every pair by itself is told to be a positive or a negative.
+
+        loss_i = -sum_j log sigmoid(y_ij (s_ij / temperature + bias))
+
+    with y_ij = 1 for positives and -1 for negatives (Zhai et al. 2023, SigLIP, arXiv 2303.15343, equation 1, whose t is
+    1 / temperature; they start at temperature 0.1, bias -10).
+
+    Args:
+        query: (..., N, D) in float64, float32, bfloat16 or float16. Leading dimensions are independent problems.
+        key: (..., M, D) with M >= N, same dtype and device; rows beyond the queries are further negatives.
+        temperature: positive float, or 0-d tensor, which may require grad.
+        bias: float, or 0-d tensor, which may require grad.
+        query_labels, key_labels, same_label, normalize, weights, reduction, return_stats, backend, validate: as in
+            `info_nce`.
+
+    Returns:
+        As `info_nce`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `info_nce`.
+    """
+    _checks.check_feature_pair("query", query, "key", key)
+    _checks.check_pair_shapes(query, key)
+    _checks.check_scalar("bias", bias)
+    query_labels, key_labels = _pair_labels(query, key, query_labels, key_labels, same_label)
+    return _loss(
+        query,
+        key,
+        pairing="rows",
+        form="sigmoid",
+        temperature=temperature,
+        bias=bias,
+        query_labels=query_labels,
+        key_labels=key_labels,
+        same_label=same_label,
+        normalize=normalize,
+        weights=weights,
+        reduction=reduction,
+        return_stats=return_stats,
+        backend=backend,
+        validate=validate,
+    )
+
+
+def _pair_labels(
+    query: Tensor, key: Tensor, query_labels: Tensor | None, key_labels: Tensor | None, same_label: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checked labels of queries and keys, expanded to (..., N) and (..., M)."""
+    leading, n, m, device = query.shape[:-2], query.shape[-2], key.shape[-2], query.device
+    _checks.check_same_label(same_label, SAME_LABEL, "query_labels", query_labels)
+    if query_labels is None:
+        if key_labels is not None:
+            raise ValueError("key_labels were given without query_labels; give both")
+        return None, None
+    query_labels = _checks.check_labels("query_labels", query_labels, leading, n, device)
+    if key_labels is None:
+        if m > n:
+            raise ValueError(f"key_labels must be given: key has {m} rows and query_labels cover only the first {n}")
+        return query_labels, query_labels
+    return query_labels, _checks.check_labels("key_labels", key_labels, leading, m, device)
+
+
+def _loss(
+    query: Tensor,
+    key: Tensor | None,
+    *,
+    pairing: str,
+    form: str = "softmax",
+    temperature: float | Tensor,
+    bias: float | Tensor | None = None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    same_label: str,
+    normalize: bool,
+    weights: Tensor | None,
+    reduction: str,
+    return_stats: bool,
+    backend: str,
+    validate: bool,
+) -> Tensor | tuple[Tensor, ContrastiveStatistics]:
+    """Any loss of the family, from features and labels that are checked; all else is checked here."""
     _checks.check_choice("reduction", reduction, REDUCTIONS)
     _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
-    leading, n, m, device = query.shape[:-2], query.shape[-2], key.shape[-2], query.device
-    if key_labels is not None and query_labels is None:
-        raise ValueError("key_labels were given without query_labels; give both")
-    if query_labels is not None:
-        query_labels = _checks.check_labels("query_labels", query_labels, leading, n, device)
-        if key_labels is None and m > n:
-            raise ValueError(f"key_labels must be given: key has {m} rows and query_labels cover only the first {n}")
-        key_labels = query_labels if key_labels is None else key_labels
-        key_labels = _checks.check_labels("key_labels", key_labels, leading, m, device)
-    elif same_label != "negative":
-        raise ValueError(f"same_label={same_label!r} needs query_labels (and key_labels); got none")
+    _checks.check_scalar("temperature", temperature)
+    leading, accumulate = query.shape[:-2], accumulation_dtype(query.dtype)
+    rows = query.shape[-2] * (2 if pairing == "views" else 1)
     if weights is not None:
-        weights = _checks.check_weights(weights, leading, n, device)
-
-    problems = leading.numel()
-    accumulate = accumulation_dtype(query.dtype)
+        weights = _checks.check_weights(weights, leading, rows, query.device).reshape(-1, rows)
     if not isinstance(temperature, Tensor):
         _checks.check_temperature_value(temperature)
         temperature = torch.tensor(temperature, dtype=accumulate)
-    want_gradients = torch.is_grad_enabled()
+    if bias is not None and not isinstance(bias, Tensor):
+        bias = torch.tensor(bias, dtype=accumulate)
+    differentiable = (query, key, temperature, bias)
+    wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable)
     loss: Tensor
     loss, statistics = _contrastive(
-        query.reshape(problems, n, query.shape[-1]),
-        key.reshape(problems, m, key.shape[-1]),
+        query.reshape(-1, *query.shape[-2:]),
+        None if key is None else key.reshape(-1, *key.shape[-2:]),
         temperature,
-        None if query_labels is None else query_labels.reshape(problems, n),
-        None if key_labels is None else key_labels.reshape(problems, m),
-        None if weights is None else weights.reshape(problems, n),
+        bias,
+        None if query_labels is None else query_labels.reshape(-1, query_labels.shape[-1]),
+        None if key_labels is None else key_labels.reshape(-1, key_labels.shape[-1]),
+        weights,
+        form,
+        pairing,
         same_label,
         normalize,
-        reduction,
         backend,
+        reduction,
         validate,
-        want_gradients and query.requires_grad,
-        want_gradients and key.requires_grad,
-        want_gradients and temperature.requires_grad,
         return_stats,
+        *wanted,
     )[:2]
-    loss = loss.reshape((*leading, n) if reduction == "none" else leading)
+    loss = loss.reshape((*leading, rows) if reduction == "none" else leading)
     if not return_stats:
         return loss
     return loss, ContrastiveStatistics(*(s.reshape(leading) for s in statistics.unbind()))
@@ -177,24 +491,30 @@ def info_nce(
 
 def _problem(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
+    bias: Tensor | None,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    form: str,
+    pairing: str,
     same_label: str,
     normalize: bool,
 ) -> Problem:
-    """Labels only matter where a shared label changes what a pair is; dropping them elsewhere saves their reads."""
     accumulate = accumulation_dtype(query.dtype)
+    # Labels only matter where a shared label changes what a pair is; dropping them elsewhere saves their reads.
     labelled = query_labels is not None and key_labels is not None and same_label != "negative"
     return Problem(
         query=query,
         key=key,
         temperature=temperature.to(accumulate),
+        bias=None if bias is None else bias.to(accumulate),
         query_labels=query_labels.int().contiguous() if query_labels is not None and labelled else None,
         key_labels=key_labels.int().contiguous() if key_labels is not None and labelled else None,
         weights=None if weights is None else weights.to(accumulate).contiguous(),
+        form=form,
+        pairing=Pairing(pairing),
         same_label=same_label,
         normalize=normalize,
     )
@@ -202,7 +522,7 @@ def _problem(
 
 def _check_values(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
@@ -219,37 +539,45 @@ def _check_values(
         _checks.check_weight_values(weights.to(torch.float64))
     if validate:
         _checks.check_finite("query", query)
-        _checks.check_finite("key", key)
+        if key is not None:
+            _checks.check_finite("key", key)
 
 
 def _contrastive_kernel(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
+    bias: Tensor | None,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    form: str,
+    pairing: str,
     same_label: str,
     normalize: bool,
-    reduction: str,
     backend: str,
+    reduction: str,
     validate: bool,
+    return_stats: bool,
     query_gradient: bool,
     key_gradient: bool,
     temperature_gradient: bool,
-    return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [P] or [P, N] and statistics [3, P]; then, for the backward pass, the sum of weights that the mean divides
     by [P] and the gradients of the weighted sum (with `reduction="none"` they cannot be formed yet).
 
     An operator returns tensors only: an empty one stands for what was not asked for.
     """
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
-    problem = _problem(query, key, temperature, query_labels, key_labels, weights, same_label, normalize)
-    ahead = reduction != "none"
-    wanted = Wanted(query_gradient and ahead, key_gradient and ahead, temperature_gradient and ahead)
-    if query.shape[0] * query.shape[1] == 0:
-        rows, gradients = _no_rows(problem, wanted)
+    problem = _problem(
+        query, key, temperature, bias, query_labels, key_labels, weights, form, pairing, same_label, normalize
+    )
+    wanted = Wanted(query_gradient, key_gradient, temperature_gradient, bias_gradient)
+    if reduction == "none":
+        wanted = Wanted(False, False, False, False)
+    if 0 in problem.sizes:
+        rows, gradients = _no_pairs(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
             rows, gradients = _BACKENDS[_dispatch.choose(backend, query.device)].forward(problem, wanted)
@@ -265,8 +593,8 @@ def _contrastive_kernel(
         loss = loss / scale
     else:
         scale = torch.ones_like(scale)
-    query_gradient_, key_gradient_, temperature_gradient_ = (scale.new_empty(0) if g is None else g for g in gradients)
-    return loss, statistics, scale, query_gradient_, key_gradient_, temperature_gradient_
+    query_, key_, temperature_, bias_ = (scale.new_empty(0) if g is None else g for g in gradients)
+    return loss, statistics, scale, query_, key_, temperature_, bias_
 
 
 def _statistics(rows: RowResults, weight: Tensor, scale: Tensor) -> Tensor:
@@ -281,91 +609,107 @@ def _statistics(rows: RowResults, weight: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-def _no_rows(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    zeros = torch.zeros(problem.query.shape[:-1], dtype=problem.dtype, device=problem.query.device)
-    inputs = (problem.query, problem.key, zeros.sum(-1))
+def _no_pairs(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    """The results of no problems, no queries or no keys."""
+    zeros = torch.zeros(problem.sizes[:2], dtype=problem.dtype, device=problem.query.device)
+    inputs = (problem.query, problem.key, zeros.sum(-1), zeros.sum(-1))
     gradients = (
-        torch.zeros_like(x, dtype=problem.dtype) if want else None for x, want in zip(inputs, wanted, strict=True)
+        torch.zeros_like(x, dtype=problem.dtype) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
     )
     return RowResults(*(zeros.clone() for _ in RowResults._fields)), Gradients(*gradients)
 
 
 def _contrastive_fake(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
+    bias: Tensor | None,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    form: str,
+    pairing: str,
     same_label: str,
     normalize: bool,
-    reduction: str,
     backend: str,
+    reduction: str,
     validate: bool,
-    query_gradient: bool,
-    key_gradient: bool,
-    temperature_gradient: bool,
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(query.dtype)
-    p, n, d = query.shape
-    ahead = reduction != "none"
-
-    def empty(*shape: Any) -> Tensor:
-        return query.new_empty(shape, dtype=dtype)
-
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    dtype, ahead = accumulation_dtype(query.dtype), reduction != "none"
+    p, n = query.shape[0], query.shape[1] * (2 if pairing == "views" else 1)
+    shapes = (query.shape, () if key is None else key.shape, (p,), (p,))
     return (
-        empty(p, n) if reduction == "none" else empty(p),
-        empty(3, p) if return_stats else empty(0),
-        empty(p),
-        empty(p, n, d) if query_gradient and ahead else empty(0),
-        empty(p, key.shape[1], d) if key_gradient and ahead else empty(0),
-        empty(p) if temperature_gradient and ahead else empty(0),
+        query.new_empty((p,) if ahead else (p, n), dtype=dtype),
+        query.new_empty((3, p) if return_stats else 0, dtype=dtype),
+        query.new_empty(p, dtype=dtype),
+        *(query.new_empty(s if want and ahead else 0, dtype=dtype) for s, want in zip(shapes, wanted, strict=True)),
     )
 
 
 def _scale_kernel(
-    query_gradient: Tensor, key_gradient: Tensor, temperature_gradient: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    query_gradient: Tensor,
+    key_gradient: Tensor,
+    temperature_gradient: Tensor,
+    bias_gradient: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients that the forward pass formed, times what arrived for each problem (`scale` [P]), in `dtype`."""
 
-    def scaled(gradient: Tensor) -> Tensor:  # [P, rows, D], or [0] where it was not formed
+    def features(gradient: Tensor) -> Tensor:  # [P, rows, D], or [0] where it was not formed
         return (gradient * scale.view(-1, 1, 1) if gradient.numel() else gradient.clone()).to(dtype)
 
-    temperature_gradient = (temperature_gradient * scale).sum() if temperature_gradient.numel() else scale.new_empty(0)
-    return scaled(query_gradient), scaled(key_gradient), temperature_gradient
+    def scalar(gradient: Tensor) -> Tensor:  # [P] to [], or [0]
+        return (gradient * scale).sum() if gradient.numel() else gradient.clone()
+
+    return features(query_gradient), features(key_gradient), scalar(temperature_gradient), scalar(bias_gradient)
 
 
 def _scale_fake(
-    query_gradient: Tensor, key_gradient: Tensor, temperature_gradient: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    query_gradient: Tensor,
+    key_gradient: Tensor,
+    temperature_gradient: Tensor,
+    bias_gradient: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(query_gradient, dtype=dtype),
         torch.empty_like(key_gradient, dtype=dtype),
-        scale.new_empty(()) if temperature_gradient.numel() else scale.new_empty(0),
+        scale.new_empty(() if temperature_gradient.numel() else 0),
+        scale.new_empty(() if bias_gradient.numel() else 0),
     )
 
 
 def _recompute_kernel(
     row_gradient: Tensor,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
+    bias: Tensor | None,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    form: str,
+    pairing: str,
     same_label: str,
     normalize: bool,
     backend: str,
     query_gradient: bool,
     key_gradient: bool,
     temperature_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `sum_i row_gradient_i loss_i` from the inputs alone, where the forward pass could not form them."""
-    problem = _problem(query, key, temperature, query_labels, key_labels, weights, same_label, normalize)
-    wanted = Wanted(query_gradient, key_gradient, temperature_gradient)
-    if row_gradient.numel() == 0:
-        gradients = _no_rows(problem, wanted)[1]
+    problem = _problem(
+        query, key, temperature, bias, query_labels, key_labels, weights, form, pairing, same_label, normalize
+    )
+    wanted = Wanted(query_gradient, key_gradient, temperature_gradient, bias_gradient)
+    if 0 in problem.sizes:
+        gradients = _no_pairs(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
             chosen = _BACKENDS[_dispatch.choose(backend, query.device)]
@@ -374,69 +718,68 @@ def _recompute_kernel(
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),
         row_gradient.new_empty(0) if gradients.temperature is None else gradients.temperature.sum(),
+        row_gradient.new_empty(0) if gradients.bias is None else gradients.bias.sum(),
     )
 
 
 def _recompute_fake(
     row_gradient: Tensor,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     temperature: Tensor,
+    bias: Tensor | None,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    form: str,
+    pairing: str,
     same_label: str,
     normalize: bool,
     backend: str,
-    query_gradient: bool,
-    key_gradient: bool,
-    temperature_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape if query_gradient else 0),
-        query.new_empty(key.shape if key_gradient else 0),
-        row_gradient.new_empty(() if temperature_gradient else 0),
-    )
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (query.shape, () if key is None else key.shape, (), ())
+    likes = (query, query, row_gradient, row_gradient)
+    return tuple(like.new_empty(shape if want else 0) for like, shape, want in zip(likes, shapes, wanted, strict=True))
 
 
 class _Contrastive(torch.autograd.Function):
     """The one owner of the gradient of all losses of the family."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _operators.below_autograd(_contrastive, *arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, (same_label, normalize, ctx.reduction, backend, _), formed = inputs[:6], inputs[6:11], inputs[11:14]
-        ctx.options = (same_label, normalize, backend)
-        ctx.formed = Wanted(*formed) if ctx.reduction != "none" else Wanted(False, False, False)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = _operators.below_autograd(_contrastive, *inputs)
+        tensors, ctx.options, ctx.reduction = inputs[:7], inputs[7:12], inputs[12]
+        ctx.formed = [ctx.reduction != "none" and formed for formed in inputs[15:]]
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        wanted = Wanted(*ctx.needs_input_grad[:3])
-        nothing = (None,) * 12
+        wanted = Wanted(*ctx.needs_input_grad[:4])
+        nothing = (None,) * 15
         if loss_gradient is None or not any(wanted):
-            return (None,) * 3 + nothing
-        *inputs, scale, query_gradient, key_gradient, temperature_gradient = ctx.saved_tensors
-        query, _, temperature, *_, weights = inputs
+            return (None,) * 4 + nothing
+        (*inputs, scale), saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        query, _, temperature, bias, *_, weights = inputs
         if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
-            gradients = _scale(query_gradient, key_gradient, temperature_gradient, loss_gradient / scale, query.dtype)
+            gradients = _scale(*saved, loss_gradient / scale, query.dtype)
         else:
             row_gradient = loss_gradient
             if ctx.reduction != "none":
-                row_gradient = (loss_gradient / scale).unsqueeze(-1).expand(query.shape[:2])
+                row_gradient = (loss_gradient / scale).unsqueeze(-1)
             if weights is not None:
                 row_gradient = row_gradient * weights.to(row_gradient.dtype)
-            gradients = _recompute(row_gradient, *inputs, *ctx.options, *wanted)
-        query_gradient, key_gradient, temperature_gradient = gradients
+            rows = query.shape[1] * (2 if ctx.options[1] == "views" else 1)
+            gradients = _recompute(row_gradient.expand(-1, rows), *inputs, *ctx.options, *wanted)
+        query_gradient, key_gradient, temperature_gradient, bias_gradient = gradients
         return (
             query_gradient if wanted.query else None,
             key_gradient if wanted.key else None,
             temperature_gradient.to(temperature.device, temperature.dtype) if wanted.temperature else None,
+            bias_gradient.to(bias.device, bias.dtype) if wanted.bias else None,
             *nothing,
         )
 

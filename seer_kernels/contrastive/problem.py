@@ -9,22 +9,51 @@ import torch
 from torch import Tensor
 
 SAME_LABEL = ("negative", "ignore", "positive")
+FORMS = ("softmax", "symmetric", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which sets are compared, and which key a query belongs to whatever the labels say."""
+
+    name: str
+    """`"rows"`: queries against keys, query i and key i are a pair, keys beyond the queries are a bank. `"labels"`:
+    queries against keys, only labels make pairs. `"self"`: the rows of one set against each other, labels make the
+    pairs. `"views"`: likewise for the rows of `query` and `key` together, which are two views of the same samples."""
+
+    @property
+    def self_contrast(self) -> bool:
+        """Whether the keys are the queries themselves; no row is then compared with itself."""
+        return self.name in ("self", "views")
+
+    @property
+    def shared_weights(self) -> bool:
+        """Whether the weight of query i is also that of key i: with weight 0 it exists neither as query nor as key."""
+        return self.name != "labels"
+
+    def own_shift(self, rows: int) -> int:
+        """Key (i + own_shift) mod M is query i's own pair, always a positive; -1 where only labels make pairs."""
+        return {"rows": 0, "views": rows // 2}.get(self.name, -1)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """P independent contrastive problems of N queries against M keys with D features.
+    """P independent contrastive problems of N queries against M keys with D features."""
 
-    Row i of `query` and row i of `key` are a pair. A pair whose weight is 0 does not exist: its query has no loss and
-    its key is nobody's negative.
-    """
-
-    query: Tensor  # [P, N, D]
-    key: Tensor  # [P, M, D], M >= N
+    query: Tensor
+    """[P, N, D]; the first half of the N rows where the pairing is "views"."""
+    key: Tensor | None
+    """[P, M, D]; the second half of the rows where the pairing is "views"; None where it is "self"."""
     temperature: Tensor  # [], accumulation dtype
+    bias: Tensor | None  # [], accumulation dtype, for the form "sigmoid"
     query_labels: Tensor | None  # [P, N] int32
     key_labels: Tensor | None  # [P, M] int32
     weights: Tensor | None  # [P, N], accumulation dtype
+    form: str
+    """One of FORMS. With p_ij the softmax of the logits over the row's positives and negatives: "softmax" is
+    -mean_{positives j} log p_ij; "symmetric" the average of it and of the same with queries and keys (the first N) in
+    exchanged roles; "sigmoid" is -sum_j log sigmoid(+-(logit_ij + bias)), + for positives."""
+    pairing: Pairing
     same_label: str
     """What a key with the query's label is, other than the query's own pair: one of SAME_LABEL."""
     normalize: bool
@@ -35,16 +64,26 @@ class Problem:
         """The accumulation dtype: fp64 for fp64 features, else fp32."""
         return accumulation_dtype(self.query.dtype)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """P, N, M, D."""
+        p, rows, d = self.query.shape
+        if self.pairing.self_contrast:
+            rows *= 1 if self.key is None else 2
+            return p, rows, rows, d
+        assert self.key is not None
+        return p, rows, self.key.shape[1], d
+
 
 class RowResults(NamedTuple):
     """Per query, all [P, N] in the accumulation dtype. Rows without a positive hold zeros."""
 
     loss: Tensor
-    """-log of the probability of the positives (mean over them), not weighted."""
+    """Not weighted."""
     valid: Tensor
     """1 where the row has a weight and a positive, else 0."""
     positive_similarity: Tensor
-    """Mean similarity (before the temperature) to the positives."""
+    """Mean similarity (before temperature and bias) to the positives."""
     negative_similarity: Tensor
     """Mean similarity to the negatives; 0 where there are none."""
     has_negative: Tensor
@@ -53,20 +92,22 @@ class RowResults(NamedTuple):
     """1 where some positive is more similar than every negative, else 0."""
 
 
-class Gradients(NamedTuple):
-    """Gradients of `sum_i row_gradient_i * loss_i` in the accumulation dtype; None where not asked for."""
-
-    query: Tensor | None  # [P, N, D]
-    key: Tensor | None  # [P, M, D]
-    temperature: Tensor | None  # [P]
-
-
 class Wanted(NamedTuple):
     """Which gradients to compute."""
 
     query: bool
     key: bool
     temperature: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of `sum_i row_gradient_i * loss_i` in the accumulation dtype; None where not asked for."""
+
+    query: Tensor | None  # like Problem.query
+    key: Tensor | None  # like Problem.key
+    temperature: Tensor | None  # [P]
+    bias: Tensor | None  # [P]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,4 +119,4 @@ def row_weights(problem: Problem) -> Tensor:
     """The weights of the rows, ones where none were given: [P, N]."""
     if problem.weights is not None:
         return problem.weights
-    return problem.query.new_ones(problem.query.shape[:-1], dtype=problem.dtype)
+    return problem.query.new_ones(problem.sizes[:2], dtype=problem.dtype)
