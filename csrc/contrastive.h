@@ -95,9 +95,9 @@ void contrastive_rows(const RowBlock<T>& block, int threads);
 template <class T>
 void row_statistics(const Panel<T>& panel, T* anchors, int threads);
 
-// Adds the panel's logits to what is known of its columns from `begin` to `end` (indices of keys) as anchors.
+// Adds the panel's logits to what is known of its keys from `first` to `last` as anchors.
 template <class T>
-void column_statistics(const Panel<T>& panel, T* anchors, int64_t begin, int64_t end, int threads);
+void column_statistics(const Panel<T>& panel, T* anchors, int64_t first, int64_t last, int threads);
 
 // Overwrites the products by d total / d product, the sum of what rows and columns as anchors contribute. Columns from
 // N on are no anchors.

@@ -17,42 +17,50 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Binds both kernels under `suffix`. Their last arguments, of types Where and named `where`, say where they run.
-template <class T, class... Where, class... Names>
-void bind_contrastive(py::module_& m, const std::string& suffix, void (*contrastive_rows)(const RowBlock<T>&, Where...),
-                      void (*project_rows)(T*, const T*, const T*, int64_t, int64_t, Where...), const Names&... where) {
-  m.def(
-      ("contrastive_rows_" + suffix).c_str(),
-      [contrastive_rows](std::uintptr_t products, int64_t first_problem, int64_t problem_count, int64_t first_row,
-                         int64_t row_count, int64_t P, int64_t N, int64_t M, std::uintptr_t query_scale,
-                         std::uintptr_t key_scale, std::uintptr_t query_labels, std::uintptr_t key_labels,
-                         std::uintptr_t weights, std::uintptr_t row_gradient, std::uintptr_t temperature,
-                         int same_label, bool write_gradient, std::uintptr_t rows, Where... place) {
-        const RowBlock<T> block{pointer<T>(products),
-                                first_problem,
-                                problem_count,
-                                first_row,
-                                row_count,
-                                P,
+template <class T>
+void bind_operands(py::module_& m, const std::string& type) {
+  py::class_<Operands<T>>(m, ("Operands_" + type).c_str())
+      .def(py::init([](int64_t P, int64_t N, int64_t M, std::uintptr_t query_scale, std::uintptr_t key_scale,
+                       std::uintptr_t temperature, std::uintptr_t bias, std::uintptr_t query_labels,
+                       std::uintptr_t key_labels, std::uintptr_t weights, bool shared_weights, int64_t own_shift,
+                       bool self_contrast, int same_label) {
+             return Operands<T>{P,
                                 N,
                                 M,
                                 pointer<const T>(query_scale),
                                 pointer<const T>(key_scale),
+                                pointer<const T>(temperature),
+                                pointer<const T>(bias),
                                 pointer<const int32_t>(query_labels),
                                 pointer<const int32_t>(key_labels),
                                 pointer<const T>(weights),
-                                pointer<const T>(row_gradient),
-                                pointer<const T>(temperature),
-                                static_cast<SameLabel>(same_label),
-                                write_gradient,
-                                pointer<T>(rows)};
-        contrastive_rows(block, place...);
+                                shared_weights,
+                                own_shift,
+                                self_contrast,
+                                static_cast<SameLabel>(same_label)};
+           }),
+           py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("query_scale"), py::arg("key_scale"),
+           py::arg("temperature"), py::arg("bias"), py::arg("query_labels"), py::arg("key_labels"), py::arg("weights"),
+           py::arg("shared_weights"), py::arg("own_shift"), py::arg("self_contrast"), py::arg("same_label"));
+}
+
+// Binds the kernels that CPU and CUDA share under `suffix`. Their last arguments, of types Where and named `where`, say
+// where they run.
+template <class T, class... Where, class... Names>
+void bind_rows(py::module_& m, const std::string& suffix, void (*contrastive_rows)(const RowBlock<T>&, Where...),
+               void (*project_rows)(T*, const T*, const T*, int64_t, int64_t, Where...), const Names&... where) {
+  m.def(
+      ("contrastive_rows_" + suffix).c_str(),
+      [contrastive_rows](const Operands<T>& operands, std::uintptr_t products, int64_t first_problem,
+                         int64_t problem_count, int64_t first_row, int64_t row_count, std::uintptr_t row_gradient,
+                         bool write_gradient, std::uintptr_t rows, Where... place) {
+        contrastive_rows({operands, pointer<T>(products), first_problem, problem_count, first_row, row_count,
+                          pointer<const T>(row_gradient), write_gradient, pointer<T>(rows)},
+                         place...);
       },
-      py::kw_only(), py::arg("products"), py::arg("first_problem"), py::arg("problem_count"), py::arg("first_row"),
-      py::arg("row_count"), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("query_scale"), py::arg("key_scale"),
-      py::arg("query_labels"), py::arg("key_labels"), py::arg("weights"), py::arg("row_gradient"),
-      py::arg("temperature"), py::arg("same_label"), py::arg("write_gradient"), py::arg("rows"), py::arg(where)...,
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("operands"), py::kw_only(), py::arg("products"), py::arg("first_problem"), py::arg("problem_count"),
+      py::arg("first_row"), py::arg("row_count"), py::arg("row_gradient"), py::arg("write_gradient"), py::arg("rows"),
+      py::arg(where)..., py::call_guard<py::gil_scoped_release>());
   m.def(
       ("project_rows_" + suffix).c_str(),
       [project_rows](std::uintptr_t gradient, std::uintptr_t x, std::uintptr_t inverse_norm, int64_t rows, int64_t D,
@@ -63,6 +71,40 @@ void bind_contrastive(py::module_& m, const std::string& suffix, void (*contrast
       py::arg(where)..., py::call_guard<py::gil_scoped_release>());
 }
 
+template <class T>
+void bind_panels(py::module_& m, const std::string& type) {
+  py::class_<Panel<T>>(m, ("Panel_" + type).c_str())
+      .def(py::init([](const Operands<T>& operands, std::uintptr_t products, int64_t first_problem,
+                       int64_t problem_count, int64_t first_row, int64_t row_count, int64_t first_column,
+                       int64_t column_count) {
+             return Panel<T>{operands,  pointer<T>(products), first_problem, problem_count,
+                             first_row, row_count,            first_column,  column_count};
+           }),
+           py::arg("operands"), py::kw_only(), py::arg("products"), py::arg("first_problem"), py::arg("problem_count"),
+           py::arg("first_row"), py::arg("row_count"), py::arg("first_column"), py::arg("column_count"));
+  m.def(
+      ("row_statistics_" + type).c_str(),
+      [](const Panel<T>& panel, std::uintptr_t anchors, int threads) {
+        cpu::row_statistics(panel, pointer<T>(anchors), threads);
+      },
+      py::arg("panel"), py::kw_only(), py::arg("anchors"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("column_statistics_" + type).c_str(),
+      [](const Panel<T>& panel, std::uintptr_t anchors, int64_t first, int64_t last, int threads) {
+        cpu::column_statistics(panel, pointer<T>(anchors), first, last, threads);
+      },
+      py::arg("panel"), py::kw_only(), py::arg("anchors"), py::arg("first"), py::arg("last"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("panel_gradient_" + type).c_str(),
+      [](const Panel<T>& panel, std::uintptr_t row_slopes, std::uintptr_t column_slopes, int threads) {
+        cpu::panel_gradient(panel, pointer<const T>(row_slopes), pointer<const T>(column_slopes), threads);
+      },
+      py::arg("panel"), py::kw_only(), py::arg("row_slopes"), py::arg("column_slopes"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -70,12 +112,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return static_cast<int>(cpu::instruction_set()); });
   m.def("best_instruction_set", [] { return static_cast<int>(cpu::best_instruction_set()); });
   m.def("limit_instruction_set", [](int limit) { cpu::limit_instruction_set(static_cast<cpu::InstructionSet>(limit)); });
-  bind_contrastive(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");
-  bind_contrastive(m, "f64", cpu::contrastive_rows<double>, cpu::project_rows<double>, "threads");
+  bind_operands<float>(m, "f32");
+  bind_operands<double>(m, "f64");
+  bind_panels<float>(m, "f32");
+  bind_panels<double>(m, "f64");
+  bind_rows(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");
+  bind_rows(m, "f64", cpu::contrastive_rows<double>, cpu::project_rows<double>, "threads");
 #if defined(SEER_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
-  bind_contrastive(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");
-  bind_contrastive(m, "cuda_f64", cuda::contrastive_rows<double>, cuda::project_rows<double>, "device", "stream");
+  bind_rows(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");
+  bind_rows(m, "cuda_f64", cuda::contrastive_rows<double>, cuda::project_rows<double>, "device", "stream");
 #else
   m.attr("cuda_architectures") = "";
 #endif

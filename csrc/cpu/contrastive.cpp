@@ -26,8 +26,9 @@ void row_statistics(const Panel<T>& b, T* anchors, int threads) {
 
 template <class T>
 void column_statistics(const Panel<T>& b, T* anchors, int64_t first, int64_t last, int threads) {
-  const int64_t chunks = (last - first + chunk_lanes<T>() - 1) / chunk_lanes<T>();
-  parallel_for(b.problem_count * chunks, b.row_count * chunk_lanes<T>(), threads, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kStrip = baseline::kStrip;
+  const int64_t strips = (last - first + kStrip - 1) / kStrip;
+  parallel_for(b.problem_count * strips, b.row_count * kStrip, threads, [&](int64_t begin, int64_t end) {
     SEER_DISPATCH(column_statistics(b, anchors, first, last, begin, end));
   });
 }

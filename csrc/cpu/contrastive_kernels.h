@@ -26,7 +26,7 @@ struct Row {
       : N(Lane(o.N)),
         M(Lane(o.M)),
         row(Lane(i)),
-        own(o.own_shift < 0 ? Lane(-1) : Lane((i + o.own_shift) % o.M)),
+        own(o.own_shift < 0 ? Lane(-1) : Lane(i + o.own_shift - (i + o.own_shift < o.M ? 0 : o.M))),
         label(o.query_labels ? o.query_labels[p * o.N + i] : 0),
         weights(o.weights ? o.weights + p * o.N : nullptr),
         key_scales(o.key_scale ? o.key_scale + p * o.M : nullptr),
@@ -40,7 +40,8 @@ struct Row {
   // Classes of the n keys from j on. Seen from the keys as anchors they are the same: a query is its own pair's own.
   inline PairClass<I> classes(int64_t j, int64_t n) const {
     const I index = lane_indices<T>(j);
-    I key_exists = (index < Lane(j + n)) & (exists ? ~I{} : I{});
+    I key_exists = exists ? ~I{} : I{};
+    if (n < Simd<T>::kLanes) key_exists &= index < Lane(j + n);
     if (weights && shared_weights) {
       key_exists &= (index >= N) | (I)(load_first<V>(weights + j, std::min<int64_t>(n, N - j)) > T(0));
     }
@@ -174,8 +175,6 @@ void merge_anchor(T* planes, int64_t plane, T top, T total, T total_below, T sum
         scale_known * (planes[kWeightedBelow * plane] + planes[kExponentials * plane] * std::max(known - both, kAbsent<T>)) +
         scale_new * (total_below + total * (top - both));
     planes[kExponentials * plane] = scale_known * planes[kExponentials * plane] + scale_new * total;
-  } else if (!(top <= kAbsent<T>)) {
-    planes[kExponentials * plane] = top;  // NaN stays NaN
   }
   planes[kPositiveSum * plane] += sum_positive;
   planes[kPositiveCount * plane] += positives;
@@ -205,7 +204,7 @@ void row_statistics(const Panel<T>& b, T* anchors, int64_t begin, int64_t end) {
       const V below = row.logits(products + c, b.first_column + c, n) - top;
       const V e = (is.positive | is.negative) ? exp_nonpositive(below) : V{};
       total += e;
-      total_below += e * below;
+      total_below += (is.positive | is.negative) ? e * below : V{};
     });
     merge_anchor<T>(anchors + p * b.N + i, b.P * b.N, top, sum_lanes<T>(total), sum_lanes<T>(total_below),
                     sum_lanes<T>(sums.sum_positive), T(sum_lanes<int64_t>(sums.positives)),
@@ -214,37 +213,44 @@ void row_statistics(const Panel<T>& b, T* anchors, int64_t begin, int64_t end) {
   }
 }
 
-// Chunks [begin, end) of kLanes columns each, counted over the panel's problems; columns from key `first` to `last`.
+// The n <= kLanes keys from j on of problem p as anchors, over all rows of the panel.
+template <class T>
+void columns_as_anchors(const Panel<T>& b, T* anchors, int64_t p, int64_t j, int64_t n) {
+  using V = typename Simd<T>::V;
+  const T* products = b.products + (p - b.first_problem) * b.row_count * b.column_count + (j - b.first_column);
+  PairSums<T> sums;
+  for (int64_t r = 0; r < b.row_count; ++r) {
+    const Row<T> row(b, p, b.first_row + r);
+    if (row.exists) sums.add(row.logits(products + r * b.column_count, j, n), row.classes(j, n));
+  }
+  const V top = max(sums.best_positive, sums.best_negative);
+  V total = {}, total_below = {};
+  for (int64_t r = 0; r < b.row_count; ++r) {
+    const Row<T> row(b, p, b.first_row + r);
+    if (!row.exists) continue;
+    const auto is = row.classes(j, n);
+    const V below = row.logits(products + r * b.column_count, j, n) - top;
+    const V e = (is.positive | is.negative) ? exp_nonpositive(below) : V{};
+    total += e;
+    total_below += (is.positive | is.negative) ? e * below : V{};
+  }
+  for (int64_t l = 0; l < n; ++l) {
+    merge_anchor<T>(anchors + p * b.N + j + l, b.P * b.N, top[l], total[l], total_below[l], sums.sum_positive[l],
+                    T(sums.positives[l]), sums.sum_negative[l], T(sums.negatives[l]), sums.best_positive[l],
+                    sums.best_negative[l]);
+  }
+}
+
+// Strips [begin, end) of kStrip columns each, counted over the panel's problems; keys from `first` to `last`.
+constexpr int64_t kStrip = 16;
+
 template <class T>
 void column_statistics(const Panel<T>& b, T* anchors, int64_t first, int64_t last, int64_t begin, int64_t end) {
-  using V = typename Simd<T>::V;
-  constexpr int64_t kLanes = Simd<T>::kLanes;
-  const int64_t chunks = (last - first + kLanes - 1) / kLanes;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t problem = chunk / chunks, p = b.first_problem + problem;
-    const int64_t j = first + chunk % chunks * kLanes, n = std::min(kLanes, last - j);
-    const T* products = b.products + problem * b.row_count * b.column_count + (j - b.first_column);
-    PairSums<T> sums;
-    for (int64_t r = 0; r < b.row_count; ++r) {
-      const Row<T> row(b, p, b.first_row + r);
-      if (row.exists) sums.add(row.logits(products + r * b.column_count, j, n), row.classes(j, n));
-    }
-    const V top = max(sums.best_positive, sums.best_negative);
-    V total = {}, total_below = {};
-    for (int64_t r = 0; r < b.row_count; ++r) {
-      const Row<T> row(b, p, b.first_row + r);
-      if (!row.exists) continue;
-      const auto is = row.classes(j, n);
-      const V below = row.logits(products + r * b.column_count, j, n) - top;
-      const V e = (is.positive | is.negative) ? exp_nonpositive(below) : V{};
-      total += e;
-      total_below += e * below;
-    }
-    for (int64_t l = 0; l < n; ++l) {
-      merge_anchor<T>(anchors + p * b.N + j + l, b.P * b.N, top[l], total[l], total_below[l], sums.sum_positive[l],
-                      T(sums.positives[l]), sums.sum_negative[l], T(sums.negatives[l]), sums.best_positive[l],
-                      sums.best_negative[l]);
-    }
+  const int64_t strips = (last - first + kStrip - 1) / kStrip;
+  for (int64_t strip = begin; strip < end; ++strip) {
+    const int64_t p = b.first_problem + strip / strips, start = first + strip % strips * kStrip;
+    each_chunk<T>(std::min(kStrip, last - start),
+                  [&](int64_t j, auto n) { columns_as_anchors(b, anchors, p, start + j, n); });
   }
 }
 

@@ -1,13 +1,19 @@
 """Launches the compiled kernels: torch multiplies blocks of rows, the epilogue makes losses and gradients of them.
 
-One sweep over blocks of queries. A block against all keys has its whole softmax in hand, so its products are
-overwritten by the gradient with respect to them, and two more matrix products give the gradients of queries and keys:
-three products in all, and no memory beyond one block.
+One-sided losses take one sweep over blocks of queries. A block against all keys has its whole softmax in hand, so its
+products are overwritten by the gradient with respect to them, and two more matrix products give the gradients of
+queries and keys: three products in all, and no memory beyond one block.
+
+Where keys are anchors too (self-contrast, symmetric losses), no gradient can be formed before every row and column has
+been seen. A first sweep collects what each anchor needs, a second one forms the gradient. A set against itself is
+symmetric: only blocks on and above the diagonal are visited, which halves the products of each sweep.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,92 +28,300 @@ except ImportError:  # seer_kernels.backends() says why; a call never gets here
 BLOCK_BYTES = 16 << 20
 """Size of the products of a block: large enough for the library products to run at full rate."""
 
+KEPT_BYTES = 32 << 20
+"""Two sweeps keep the products of the first for the second if all of them take no more than this."""
+
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
+
+ABSENT = -1e30
+"""kAbsent of the kernels: a maximum over nothing."""
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
     """Row results, and the gradients of `sum_i weights_i loss_i`."""
-    return _sweep(problem, row_weights(problem), wanted)
+    return _evaluate(problem, row_weights(problem), wanted)
 
 
 def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradients:
     """Gradients of `sum_i row_gradient_i loss_i`."""
-    return _sweep(problem, row_gradient, wanted)[1]
+    return _evaluate(problem, row_gradient, wanted)[1]
 
 
-def _sweep(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    query, key, dtype = problem.query, problem.key, problem.dtype
-    (P, N, D), M = query.shape, key.shape[1]
-    query_scale = _inverse_norms(query, dtype) if problem.normalize else None
-    key_scale = _inverse_norms(key, dtype) if problem.normalize else None
-    temperature = problem.temperature
-    if temperature.device != query.device:  # a number: filling it in needs no synchronisation, a copy would
-        temperature = query.new_full((), temperature.item(), dtype=dtype)
-    rows = query.new_empty(7, P, N, dtype=dtype)
-    query_gradient = query.new_empty(P, N, D, dtype=dtype) if wanted.query else None
-    key_gradient = query.new_empty(P, M, D, dtype=dtype) if wanted.key else None
+def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    sweep = _Sweep(problem, wanted)
+    if problem.pairing.self_contrast or problem.form == "symmetric":
+        return _two_sweeps(sweep, row_gradient)
+    return _one_sweep(sweep, row_gradient)
 
-    blocks = list(_blocks(P, N, max(1, BLOCK_BYTES // (M * rows.element_size()))))
-    buffer = query.new_empty(max((p.stop - p.start) * (r.stop - r.start) for p, r in blocks) * M, dtype=dtype)
-    chunk = M if query.dtype == dtype else KEY_CHUNK
-    keys = [slice(start, min(start + chunk, M)) for start in range(0, M, chunk)]
-    for p, r in blocks:
-        queries = query[p, r].to(dtype)
-        products = buffer[: (p.stop - p.start) * (r.stop - r.start) * M].view(p.stop - p.start, r.stop - r.start, M)
-        for k in keys:
-            _multiply(products[..., k], queries, key[p, k].to(dtype).mT)
-        _launch(
-            "contrastive_rows",
-            query,
-            products=products.data_ptr(),
-            first_problem=p.start,
-            problem_count=p.stop - p.start,
-            first_row=r.start,
-            row_count=r.stop - r.start,
-            P=P,
-            N=N,
-            M=M,
-            query_scale=_address(query_scale),
-            key_scale=_address(key_scale),
+
+class _Block(NamedTuple):
+    """Some queries of some problems against the keys from `first_key` on."""
+
+    problems: slice
+    rows: slice
+    first_key: int
+
+
+class _Sweep:
+    """The operands of a problem, its blocks, and the matrix products over a block."""
+
+    def __init__(self, problem: Problem, wanted: Wanted) -> None:
+        self.problem, self.wanted, self.dtype = problem, wanted, problem.dtype
+        self.P, self.N, self.M, self.D = problem.sizes
+        self.device = problem.query.device
+        sets = [x for x in (problem.query, problem.key) if x is not None]
+        self.gradients = [
+            # Zeros, which cost nothing until they are touched: every product is added.
+            torch.zeros(x.shape, dtype=self.dtype, device=self.device) if want else None
+            for x, want in zip(sets, wanted[:2], strict=False)
+        ]
+        self.inverse_norms = [_inverse_norms(x, self.dtype) for x in sets] if problem.normalize else []
+        if problem.pairing.self_contrast:
+            self.query_sets = self.key_sets = list(range(len(sets)))
+            scales = [torch.cat(self.inverse_norms, 1)] * 2 if problem.normalize else [None, None]
+        else:
+            self.query_sets, self.key_sets = [0], [1]
+            scales = self.inverse_norms or [None, None]
+        self.sets, self.scales = sets, scales
+        self.temperature, self.bias = self._on_device(problem.temperature), self._on_device(problem.bias)
+        self.operands = getattr(_native, f"Operands_{_suffix(self.dtype)}")(
+            P=self.P,
+            N=self.N,
+            M=self.M,
+            query_scale=_address(scales[0]),
+            key_scale=_address(scales[1]),
+            temperature=_address(self.temperature),
+            bias=_address(self.bias),
             query_labels=_address(problem.query_labels),
             key_labels=_address(problem.key_labels),
             weights=_address(problem.weights),
-            row_gradient=row_gradient.data_ptr(),
-            temperature=temperature.data_ptr(),
+            shared_weights=problem.pairing.shared_weights,
+            own_shift=problem.pairing.own_shift(self.N),
+            self_contrast=problem.pairing.self_contrast,
             same_label=SAME_LABEL.index(problem.same_label),
-            write_gradient=wanted.query or wanted.key,
+        )
+
+    def _on_device(self, scalar: Tensor | None) -> Tensor | None:
+        if scalar is None or scalar.device == self.device:
+            return scalar
+        # A number: filling it in needs no synchronisation, a copy would.
+        return torch.full((), scalar.item(), dtype=self.dtype, device=self.device)
+
+    @property
+    def wants_features(self) -> bool:
+        return any(g is not None for g in self.gradients)
+
+    def blocks(self, rows: int) -> Iterator[_Block]:
+        """Blocks of at most `rows` queries: several whole problems, or a part of one (and of one set)."""
+        problems = max(1, rows // self.N)
+        for p in range(0, self.P, problems):
+            first = 0
+            for which in self.query_sets:
+                last = first + self.sets[which].shape[1]
+                for r in range(first, last, rows):
+                    first_key = r if self.problem.pairing.self_contrast else 0
+                    yield _Block(slice(p, min(p + problems, self.P)), slice(r, min(r + rows, last)), first_key)
+                first = last
+
+    def shape(self, block: _Block) -> tuple[int, int, int]:
+        """Shape of the products of a block: problems, rows, keys."""
+        p, r, first_key = block
+        return p.stop - p.start, r.stop - r.start, self.M - first_key
+
+    def _pieces(self, which_sets: list[int], rows: slice) -> Iterator[tuple[int, slice, slice]]:
+        """The rows of the concatenated sets, piece by piece: set, rows in it, and their place among `rows`."""
+        first = 0
+        for which in which_sets:
+            count = self.sets[which].shape[1]
+            start, stop = max(rows.start, first), min(rows.stop, first + count)
+            step = max(1, stop - start) if self.sets[which].dtype == self.dtype else KEY_CHUNK
+            for s in range(start, stop, step):
+                e = min(s + step, stop)
+                yield which, slice(s - first, e - first), slice(s - rows.start, e - rows.start)
+            first += count
+
+    def multiply(self, block: _Block, products: Tensor) -> None:
+        """products = queries @ keys.T"""
+        keys = slice(block.first_key, self.M)
+        for q, query_rows, r in self._pieces(self.query_sets, block.rows):
+            queries = self.sets[q][block.problems, query_rows].to(self.dtype)
+            for k, key_rows, c in self._pieces(self.key_sets, keys):
+                _multiply(products[:, r, c], queries, self.sets[k][block.problems, key_rows].to(self.dtype).mT)
+
+    def accumulate(self, block: _Block, slopes: Tensor) -> None:
+        """Adds to the gradients of queries and keys what follows from d total / d products.
+
+        Of a set against itself, a block on the diagonal already holds both triangles: there only its rows gain.
+        """
+        keys = slice(block.first_key, self.M)
+        beyond = slice(block.rows.stop, self.M) if self.problem.pairing.self_contrast else keys
+        slopes_beyond = slopes[:, :, beyond.start - keys.start :]
+        for q, query_rows, r in self._pieces(self.query_sets, block.rows):
+            queries, query_gradient = self.sets[q][block.problems, query_rows].to(self.dtype), self.gradients[q]
+            if query_gradient is not None:
+                for k, key_rows, c in self._pieces(self.key_sets, keys):
+                    piece = self.sets[k][block.problems, key_rows].to(self.dtype)
+                    _multiply(query_gradient[block.problems, query_rows], slopes[:, r, c], piece, add=True)
+            for k, key_rows, c in self._pieces(self.key_sets, beyond):
+                key_gradient = self.gradients[k]
+                if key_gradient is not None:
+                    _multiply(key_gradient[block.problems, key_rows], slopes_beyond[:, r, c].mT, queries, add=True)
+
+    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
+        """The gradients with respect to the features themselves, and to the scalars."""
+        for which, gradient in enumerate(self.gradients):
+            if gradient is not None and self.problem.normalize:
+                _project(gradient, self.sets[which], self.inverse_norms[which])
+        query, key = (*self.gradients, None)[:2]
+        return Gradients(
+            query,
+            key,
+            temperature if self.wanted.temperature else None,
+            bias if self.wanted.bias else None,
+        )
+
+
+def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
+    rows = torch.empty(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
+    blocks = list(sweep.blocks(max(1, BLOCK_BYTES // (sweep.M * rows.element_size()))))
+    buffer = rows.new_empty(max(math.prod(sweep.shape(block)) for block in blocks))
+    for block in blocks:
+        products = buffer[: math.prod(sweep.shape(block))].view(sweep.shape(block))
+        sweep.multiply(block, products)
+        _launch(
+            "contrastive_rows",
+            rows,
+            sweep.operands,
+            products=products.data_ptr(),
+            first_problem=block.problems.start,
+            problem_count=products.shape[0],
+            first_row=block.rows.start,
+            row_count=products.shape[1],
+            row_gradient=row_gradient.data_ptr(),
+            write_gradient=sweep.wants_features,
             rows=rows.data_ptr(),
         )
-        for k in keys:
-            if query_gradient is not None:
-                _multiply(query_gradient[p, r], products[..., k], key[p, k].to(dtype), accumulate=k.start > 0)
-            if key_gradient is not None:
-                _multiply(key_gradient[p, k], products[..., k].mT, queries, accumulate=r.start > 0)
-
-    if query_scale is not None and query_gradient is not None:
-        _project(query_gradient, query, query_scale)
-    if key_scale is not None and key_gradient is not None:
-        _project(key_gradient, key, key_scale)
-    *results, logit_dot = rows.unbind()
-    temperature_gradient = -logit_dot.sum(-1) / problem.temperature if wanted.temperature else None
-    return RowResults(*results), Gradients(query_gradient, key_gradient, temperature_gradient)
+        if sweep.wants_features:
+            sweep.accumulate(block, products)
+    *results, logit_dot, logit_sum = rows.unbind()
+    gradients = sweep.finished(-logit_dot.sum(-1) / sweep.problem.temperature, logit_sum.sum(-1))
+    return RowResults(*results), gradients
 
 
-def _blocks(P: int, N: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most `rows` queries: several whole problems, or a part of one."""
-    problems = max(1, rows // N)
-    for p in range(0, P, problems):
-        for r in range(0, N, rows):
-            yield slice(p, min(p + problems, P)), slice(r, min(r + rows, N))
+def _two_sweeps(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
+    N, M = sweep.N, sweep.M
+    alone = sweep.problem.pairing.self_contrast
+    item = row_gradient.element_size()
+    rows = max(1, BLOCK_BYTES // (M * item))
+    if alone:
+        rows = min(rows, max(128, N // 8))  # the fewer rows on the diagonal, the less is multiplied twice
+    blocks = list(sweep.blocks(rows))
+    sizes = [math.prod(sweep.shape(block)) for block in blocks]
+    kept = sum(sizes) * item <= KEPT_BYTES
+    buffer = row_gradient.new_empty(sum(sizes) if kept else max(sizes))
+    starts = [sum(sizes[:b]) if kept else 0 for b in range(len(sizes))]
+    panels = [
+        buffer[start : start + size].view(sweep.shape(block))
+        for start, size, block in zip(starts, sizes, blocks, strict=True)
+    ]
+
+    as_rows = _no_anchors(sweep)
+    as_columns = as_rows if alone else _no_anchors(sweep)
+    for block, products in zip(blocks, panels, strict=True):
+        sweep.multiply(block, products)
+        panel = _panel(sweep, block, products)
+        _launch("row_statistics", buffer, panel, anchors=as_rows.data_ptr())
+        first = block.rows.stop if alone else 0
+        if first < N:
+            _launch("column_statistics", buffer, panel, anchors=as_columns.data_ptr(), first=first, last=N)
+
+    results, slopes, logit_dot = _settle(as_rows, row_gradient if alone else row_gradient / 2, sweep)
+    column_slopes = slopes
+    if not alone:
+        column_results, column_slopes, column_dot = _settle(as_columns, row_gradient / 2, sweep)
+        results = RowResults(*((a + b) / 2 for a, b in zip(results, column_results, strict=True)))
+        logit_dot = logit_dot + column_dot
+
+    for block, products in zip(blocks, panels, strict=True):
+        if not sweep.wants_features:
+            break
+        if not kept:
+            sweep.multiply(block, products)
+        panel = _panel(sweep, block, products)
+        _launch(
+            "panel_gradient",
+            buffer,
+            panel,
+            row_slopes=slopes.data_ptr(),
+            column_slopes=column_slopes.data_ptr(),
+        )
+        sweep.accumulate(block, products)
+    return results, sweep.finished(-logit_dot.sum(-1) / sweep.problem.temperature, None)
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+def _panel(sweep: _Sweep, block: _Block, products: Tensor) -> Any:
+    return getattr(_native, f"Panel_{_suffix(sweep.dtype)}")(
+        sweep.operands,
+        products=products.data_ptr(),
+        first_problem=block.problems.start,
+        problem_count=products.shape[0],
+        first_row=block.rows.start,
+        row_count=products.shape[1],
+        first_column=block.first_key,
+        column_count=products.shape[2],
+    )
+
+
+class _Anchors(NamedTuple):
+    """What the first sweep collects of each anchor (AnchorPlane in the kernels), [P, N] each."""
+
+    top: Tensor
+    exponentials: Tensor
+    weighted_below: Tensor
+    positive_sum: Tensor
+    positives: Tensor
+    negative_sum: Tensor
+    negatives: Tensor
+    best_positive: Tensor
+    best_negative: Tensor
+
+
+def _no_anchors(sweep: _Sweep) -> Tensor:
+    planes = torch.zeros(len(_Anchors._fields), sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
+    for name in ("top", "best_positive", "best_negative"):
+        planes[_Anchors._fields.index(name)] = ABSENT
+    return planes
+
+
+def _settle(planes: Tensor, gradient: Tensor, sweep: _Sweep) -> tuple[RowResults, Tensor, Tensor]:
+    """Results of the anchors; SlopePlane of the kernels [3, P, N]; and sum_j (d total / d logit) logit [P, N]."""
+    of, temperature = _Anchors(*planes.unbind()), sweep.problem.temperature
+    valid, has_negative = of.positives > 0, (of.positives > 0) & (of.negatives > 0)
+    log_sum = torch.where(valid, of.exponentials, 1.0).log()
+    positive_mean = of.positive_sum / of.positives.clamp(min=1)
+    above = torch.where(valid, positive_mean - of.top, 0.0)
+    slope = torch.where(valid, gradient, 0.0)
+    results = RowResults(
+        loss=log_sum - above,
+        valid=valid.to(planes.dtype),
+        positive_similarity=positive_mean * temperature,
+        negative_similarity=torch.where(has_negative, of.negative_sum / of.negatives.clamp(min=1) * temperature, 0.0),
+        has_negative=has_negative.to(planes.dtype),
+        top1=(of.best_positive > of.best_negative).to(planes.dtype),
+    )
+    normalizer = torch.where(valid, of.top + log_sum, -ABSENT)
+    slopes = torch.stack([normalizer, valid / of.positives.clamp(min=1), slope])
+    mean_below = of.weighted_below / torch.where(valid, of.exponentials, 1.0)
+    return results, slopes, slope * (mean_below - above)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; for a single problem without the batch dimension, whose library path is slower."""
     if out.shape[0] == 1:
-        torch.addmm(out[0], a[0], b[0], beta=int(accumulate), out=out[0])
+        torch.addmm(out[0], a[0], b[0], beta=int(add), out=out[0])
     else:
-        torch.baddbmm(out, a, b, beta=int(accumulate), out=out)
+        torch.baddbmm(out, a, b, beta=int(add), out=out)
 
 
 def _inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,7 +340,7 @@ def _project(gradient: Tensor, x: Tensor, inverse_norm: Tensor) -> None:
         wide = x[part].to(gradient.dtype).contiguous()
         _launch(
             "project_rows",
-            x,
+            gradient,
             gradient=gradient[part].data_ptr(),
             x=wide.data_ptr(),
             inverse_norm=inverse_norm[part].data_ptr(),
@@ -139,11 +353,15 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _launch(kernel: str, like: Tensor, **arguments: int | bool) -> None:
+def _suffix(dtype: torch.dtype) -> str:
+    return "f64" if dtype == torch.float64 else "f32"
+
+
+def _launch(kernel: str, like: Tensor, *operands: Any, **arguments: int | bool) -> None:
     """Runs a compiled kernel where `like` lives; on a GPU it is queued on the current stream."""
-    suffix = "f64" if like.dtype == torch.float64 else "f32"
+    suffix = _suffix(like.dtype)
     if like.device.type == "cuda":
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native, f"{kernel}_cuda_{suffix}")(**arguments, device=like.get_device(), stream=stream)
+        getattr(_native, f"{kernel}_cuda_{suffix}")(*operands, **arguments, device=like.get_device(), stream=stream)
     else:
-        getattr(_native, f"{kernel}_{suffix}")(**arguments, threads=torch.get_num_threads())
+        getattr(_native, f"{kernel}_{suffix}")(*operands, **arguments, threads=torch.get_num_threads())
