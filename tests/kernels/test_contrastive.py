@@ -1,4 +1,4 @@
-"""info_nce on every backend: against the definition, against plain torch's own error, and at the edges."""
+"""The contrastive losses on every backend: against the definition, plain torch's own error, and at the edges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_exact_as_plain_torch, by_the_book, plain_torch, value_and_gradients
+from oracle import LOSSES, assert_as_exact_as_plain_torch, by_the_book, call, plain_torch, value_and_gradients
 from torch import Tensor
 
 import seer_kernels
@@ -56,66 +56,63 @@ def test_the_native_backend_is_there() -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (5, 5, 3), (4, 19, 6)])
-def test_definition(backend: str, rule: str, reduction: str, weighted: bool, n: int, m: int, d: int) -> None:
-    query, key = features(2, n, m, d)
-    temperature = torch.tensor(0.3, dtype=torch.float64)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_definition(loss: str, backend: str, rule: str, reduction: str, weighted: bool, n: int, m: int, d: int) -> None:
+    inputs = [*features(2, n, m, d), torch.tensor(0.3, dtype=torch.float64)]
+    if loss == "siglip":
+        inputs.append(torch.tensor(-0.2, dtype=torch.float64))
     options = labels_and_weights(2, n, m, weighted=weighted)
-    actual = value_and_gradients(
-        info_nce, [query, key, temperature], same_label=rule, reduction=reduction, backend=backend, **options
-    )
+    fixed = {"same_label": rule, "reduction": reduction}
+    actual = value_and_gradients(partial(call, loss, backend=backend), inputs, **fixed, **options)
 
-    def book(query: Tensor, key: Tensor, temperature: Tensor) -> Tensor:
-        problems = [
-            by_the_book(
-                query[p],
-                key[p],
-                temperature=temperature,
-                same_label=rule,
-                reduction=reduction,
-                **{name: value[p] for name, value in options.items()},
-            )
-            for p in range(2)
-        ]
-        return torch.stack(problems)
+    def book(query: Tensor, key: Tensor, **scalars: Tensor) -> Tensor:
+        of_problem = [{name: value[p] for name, value in options.items()} for p in range(2)]
+        return torch.stack([by_the_book(loss, query[p], key[p], **scalars, **fixed, **of_problem[p]) for p in range(2)])
 
-    for got, expected in zip(actual, value_and_gradients(book, [query, key, temperature]), strict=True):
+    for got, expected in zip(actual, value_and_gradients(book, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["random", "peaked", "opposed", "tied", "offset"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("p", "n", "m", "d"), [(3, 32, 32, 65), (1, 37, 113, 16), (2, 64, 64, 1)])
+@pytest.mark.parametrize(("p", "n", "m", "d"), [(3, 32, 32, 65), (1, 37, 113, 1)])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_error_is_bounded_by_plain_torch(
-    backend: str, kind: str, dtype: torch.dtype, p: int, n: int, m: int, d: int
+    loss: str, backend: str, kind: str, dtype: torch.dtype, p: int, n: int, m: int, d: int
 ) -> None:
-    loss = partial(info_nce, backend=backend)
     inputs = features(p, n, m, d, dtype, kind)
-    for rule in RULES:
+    rules = ["positive"] if loss.startswith("sup_con") else RULES
+    for rule in rules:
         options = {**labels_and_weights(p, n, m, weighted=rule == "ignore"), "same_label": rule, "temperature": 0.05}
-        actual = assert_as_exact_as_plain_torch(loss, plain_torch, inputs, **options)
+        ours, usual = partial(call, loss, backend=backend), partial(plain_torch, loss)
+        actual = assert_as_exact_as_plain_torch(ours, usual, inputs, **options)
         assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert [g.dtype for g in actual[1:]] == [dtype, dtype]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("p", "n", "m", "d"), [(1, 300, 1500, 40), (130, 9, 17, 8), (2, 257, 259, 33)])
+@pytest.mark.parametrize("rule", ["ignore", "positive"])
+@pytest.mark.parametrize(("p", "n", "m", "d"), [(1, 200, 900, 40), (130, 9, 17, 8), (2, 157, 159, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [0, 1 << 30], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_many_blocks(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, p: int, n: int, m: int, d: int, rule: str
+    monkeypatch: pytest.MonkeyPatch, loss: str, kept: int, dtype: torch.dtype, p: int, n: int, m: int, d: int, rule: str
 ) -> None:
     """Blocks that divide nothing evenly: several problems a block, parts of a problem, chunks of widened keys."""
+    monkeypatch.setattr(native, "KEPT_BYTES", kept)
     monkeypatch.setattr(native, "BLOCK_BYTES", 4 * 1000 * 41)
     monkeypatch.setattr(native, "KEY_CHUNK", 100)
     inputs = features(p, n, m, d, dtype)
     options = {**labels_and_weights(p, n, m, weighted=True), "same_label": rule}
-    assert_as_exact_as_plain_torch(partial(info_nce, backend="native"), plain_torch, inputs, **options)
+    assert_as_exact_as_plain_torch(partial(call, loss, backend="native"), partial(plain_torch, loss), inputs, **options)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 15, 16, 17, 31, 33, 100])
-def test_every_instruction_set(level: int, dtype: torch.dtype, m: int) -> None:
+@pytest.mark.parametrize("loss", ["info_nce", "symmetric", "siglip", "nt_xent"])
+def test_every_instruction_set(loss: str, level: int, dtype: torch.dtype, m: int) -> None:
     from seer_kernels import _native
 
     if level > _native.best_instruction_set():
@@ -126,7 +123,9 @@ def test_every_instruction_set(level: int, dtype: torch.dtype, m: int) -> None:
     try:
         _native.limit_instruction_set(level)
         assert _native.instruction_set() == level
-        assert_as_exact_as_plain_torch(partial(info_nce, backend="native"), plain_torch, inputs, **options)
+        assert_as_exact_as_plain_torch(
+            partial(call, loss, backend="native"), partial(plain_torch, loss), inputs, **options
+        )
     finally:
         _native.limit_instruction_set(_native.best_instruction_set())
 
@@ -147,30 +146,31 @@ def test_threads_do_not_change_the_result(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(backend: str, normalize: bool, reduction: str) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck(loss: str, backend: str, normalize: bool, reduction: str) -> None:
     query, key = (x.requires_grad_() for x in features(2, 4, 7, 3))
-    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    scalars = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.7, -0.3)]
     options = {**labels_and_weights(2, 4, 7, weighted=True), "same_label": "positive"}
-    assert torch.autograd.gradcheck(
-        lambda q, k, t: info_nce(
-            q, k, temperature=t, normalize=normalize, reduction=reduction, backend=backend, **options
-        ),
-        (query, key, temperature),
-    )
+    options.update(normalize=normalize, reduction=reduction, backend=backend)
+
+    def value(query: Tensor, key: Tensor, temperature: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias_option = {} if bias is None else {"bias": bias}
+        return call(loss, query, key, temperature=temperature, **bias_option, **options)
+
+    inputs = (query, key, *scalars) if loss == "siglip" else (query, key, scalars[0])
+    assert torch.autograd.gradcheck(value, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", ["query", "key", "temperature"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradient_of_one_input_alone(backend: str, side: str, reduction: str) -> None:
+@pytest.mark.parametrize("loss", ["info_nce", "symmetric", "siglip", "nt_xent"])
+def test_gradient_of_one_input_alone(loss: str, backend: str, side: str, reduction: str) -> None:
     query, key = features(1, 6, 9, 5)
     inputs = {"query": query, "key": key, "temperature": torch.tensor(0.4, dtype=torch.float64)}
-    every = value_and_gradients(
-        lambda q, k, temperature: info_nce(q, k, temperature=temperature, reduction=reduction, backend=backend),
-        list(inputs.values()),
-    )
+    every = value_and_gradients(partial(call, loss, reduction=reduction, backend=backend), list(inputs.values()))
     inputs[side] = inputs[side].clone().requires_grad_()
-    alone = info_nce(**inputs, reduction=reduction, backend=backend)
+    alone = call(loss, **inputs, reduction=reduction, backend=backend)
     generator = torch.Generator().manual_seed(alone.numel())
     cotangent = torch.rand(alone.shape, generator=generator, dtype=torch.float64) + 0.5
     (gradient,) = torch.autograd.grad((alone * cotangent).sum(), inputs[side])
@@ -223,15 +223,15 @@ def test_missing_backend_is_named_and_auto_goes_on(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_is_as_if_it_did_not_exist(backend: str) -> None:
+@pytest.mark.parametrize("loss", ["info_nce", "symmetric", "siglip"])
+def test_padding_is_as_if_it_did_not_exist(loss: str, backend: str) -> None:
     """A problem with rows of weight 0 equals the problem without them, bank included, and they get no gradient."""
     query, key = features(1, 7, 12, 5)
     weights = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0]], dtype=torch.float64)
     keep = [0, 2, 3, 5]
-    padded = value_and_gradients(info_nce, [query, key], weights=weights, backend=backend)
-    short = value_and_gradients(
-        info_nce, [query[:, keep], key[:, [*keep, *range(7, 12)]]], weights=weights[:, keep], backend=backend
-    )
+    ours = partial(call, loss, backend=backend)
+    padded = value_and_gradients(ours, [query, key], weights=weights)
+    short = value_and_gradients(ours, [query[:, keep], key[:, [*keep, *range(7, 12)]]], weights=weights[:, keep])
     torch.testing.assert_close(padded[0], short[0])
     torch.testing.assert_close(padded[1][:, keep], short[1])
     torch.testing.assert_close(padded[2][:, [*keep, *range(7, 12)]], short[2])
@@ -242,8 +242,9 @@ def test_padding_is_as_if_it_did_not_exist(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_degenerate_problems_have_defined_results(backend: str, reduction: str) -> None:
-    def run(p: int, n: int, m: int, **options: Any) -> list[Tensor]:
-        result = value_and_gradients(info_nce, features(p, n, m, 4), reduction=reduction, backend=backend, **options)
+    def run(p: int, n: int, m: int, loss: str = "info_nce", **options: Any) -> list[Tensor]:
+        ours = partial(call, loss, reduction=reduction, backend=backend)
+        result = value_and_gradients(ours, features(p, n, m, 4), **options)
         assert all(torch.isfinite(x).all() for x in result)
         return result
 
@@ -255,6 +256,13 @@ def test_degenerate_problems_have_defined_results(backend: str, reduction: str) 
     assert run(0, 3, 3)[0].numel() == 0
     same = torch.zeros(1, 3, dtype=torch.int64)
     assert run(1, 3, 3, query_labels=same, same_label="ignore")[0].eq(0).all()  # no negative is left
+    assert run(1, 3, 3, "sup_con", query_labels=torch.arange(3))[0].eq(0).all()  # no row has a positive
+    assert run(1, 1, 1, "sup_con")[1].eq(0).all()  # nothing to compare with
+    assert run(1, 2, 5, "sup_con_keys", query_labels=same[:, :2], key_labels=torch.ones(1, 5).int())[0].eq(0).all()
+    for loss in LOSSES:
+        run(0, 3, 3, loss)
+        run(2, 0, 0, loss)
+        run(2, 1, 1, loss)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -262,7 +270,7 @@ def test_rows_of_zeros_compare_to_nothing(backend: str) -> None:
     query, key = features(1, 4, 4, 3)
     query[0, 1], key[0, 2] = 0.0, 0.0
     value, query_gradient, key_gradient = value_and_gradients(info_nce, [query, key], backend=backend)
-    torch.testing.assert_close(value, value_and_gradients(plain_torch, [query, key])[0])
+    torch.testing.assert_close(value, value_and_gradients(partial(plain_torch, "info_nce"), [query, key])[0])
     assert query_gradient[0, 1].eq(0).all()
     assert key_gradient[0, 2].eq(0).all()
     assert torch.isfinite(query_gradient).all()
@@ -273,7 +281,9 @@ def test_rows_of_zeros_compare_to_nothing(backend: str) -> None:
 def test_bad_values_are_not_hidden(backend: str, bad: float) -> None:
     query, key = features(1, 40, 40, 3, torch.float32)
     key[0, 33, 1] = bad
-    assert not torch.isfinite(info_nce(query, key, backend=backend)).any()
+    for loss in LOSSES:
+        inputs = (key, query) if loss == "sup_con" else (query, key)
+        assert not torch.isfinite(call(loss, *inputs, backend=backend)).any(), loss
     with pytest.raises(ValueError, match=r"key must be finite; row \(0, 33\)"):
         info_nce(query, key, backend=backend, validate=True)
 
@@ -284,8 +294,9 @@ def test_bad_values_are_not_hidden(backend: str, bad: float) -> None:
 def test_extreme_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> None:
     for kind in ("random", "opposed"):
         inputs = features(1, 20, 20, 8, dtype, kind)
-        loss = partial(info_nce, backend=backend)
-        assert_as_exact_as_plain_torch(loss, plain_torch, inputs, temperature=temperature)
+        for loss in LOSSES:
+            ours, usual = partial(call, loss, backend=backend), partial(plain_torch, loss)
+            assert_as_exact_as_plain_torch(ours, usual, inputs, temperature=temperature)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
