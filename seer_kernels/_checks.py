@@ -128,6 +128,15 @@ def check_temperature_value(value: float) -> None:
         raise ValueError(f"temperature must be positive and finite; got {value}")
 
 
+def check_bounds(name: str, value: float, bounds_name: str, bounds: tuple[float, float]) -> None:
+    """`bounds` must be two positive, finite numbers in order with `value` strictly between them."""
+    low, high = bounds
+    if not 0.0 < low < high < float("inf"):
+        raise ValueError(f"{bounds_name} must be two positive, finite numbers in order; got {bounds}")
+    if not low < value < high:
+        raise ValueError(f"{name} must lie between {bounds_name} {bounds}; got {value}")
+
+
 def check_label_values(name: str, value: Tensor) -> None:
     """Labels must fit in int32, which is what the kernels compare."""
     if value.dtype == torch.int64 and value.numel() > 0:

@@ -1,44 +1,96 @@
-"""The losses as `torch.nn.Module`s: they hold options and call the public functions; no maths lives here."""
+"""The losses as `torch.nn.Module`s: they hold options and call the public functions, where the maths lives."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from seer_kernels._checks import check_choice, check_scalar, check_temperature_value
+from seer_kernels._checks import check_bounds, check_choice, check_scalar, check_temperature_value
 from seer_kernels._dispatch import BACKENDS
-from seer_kernels.contrastive import info_nce
+from seer_kernels.contrastive import info_nce, nt_xent, siglip, sup_con
 from seer_kernels.contrastive.functional import REDUCTIONS
 from seer_kernels.contrastive.problem import SAME_LABEL
 
 
-class InfoNCELoss(nn.Module):
+class _ContrastiveLoss(nn.Module):
+    """The options that the losses share.
+
+    A learnable temperature is exp(low + (high - low) sigmoid(p)) of an unbounded parameter p, between the logarithms of
+    `temperature_bounds`: it cannot leave them, however large the steps, and always has a gradient to come back by.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        learnable_temperature: bool,
+        temperature_bounds: tuple[float, float],
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        check_scalar("temperature", temperature)
+        check_temperature_value(temperature)
+        check_choice("reduction", options["reduction"], REDUCTIONS)
+        check_choice("backend", options["backend"], ("auto", *BACKENDS))
+        if "same_label" in options:
+            check_choice("same_label", options["same_label"], SAME_LABEL)
+        self.options = options
+        self.temperature_bounds = temperature_bounds
+        if learnable_temperature:
+            check_bounds("temperature", temperature, "temperature_bounds", temperature_bounds)
+            low, high = map(math.log, temperature_bounds)
+            share = (math.log(temperature) - low) / (high - low)
+            self.raw_temperature = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+        self._temperature = temperature
+        self.learnable_temperature = learnable_temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use; a 0-d tensor with a gradient where it is learnable."""
+        if not self.learnable_temperature:
+            return self._temperature
+        low, high = map(math.log, self.temperature_bounds)
+        return torch.exp(low + (high - low) * torch.sigmoid(self.raw_temperature))
+
+    def extra_repr(self) -> str:
+        shown = {"temperature": float(self.temperature), "learnable_temperature": self.learnable_temperature}
+        return ", ".join(f"{name}={value!r}" for name, value in {**shown, **self.options}.items())
+
+
+class InfoNCELoss(_ContrastiveLoss):
     """`seer_kernels.info_nce` with its options fixed: `loss = InfoNCELoss(temperature=0.07)(query, key)`.
 
     Args:
-        temperature: positive float.
-        same_label, normalize, reduction, backend: as in `info_nce`.
+        temperature: positive float; where learnable, the one to start from.
+        learnable_temperature: train the temperature along.
+        temperature_bounds: what a learnable temperature stays between.
+        symmetric, same_label, normalize, reduction, backend: as in `info_nce`.
     """
 
     def __init__(
         self,
         temperature: float = 0.1,
         *,
+        learnable_temperature: bool = False,
+        temperature_bounds: tuple[float, float] = (0.01, 1.0),
+        symmetric: bool = False,
         same_label: str = "negative",
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_scalar("temperature", temperature)
-        check_temperature_value(temperature)
-        check_choice("same_label", same_label, SAME_LABEL)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, ("auto", *BACKENDS))
-        self.temperature = temperature
-        self.same_label = same_label
-        self.normalize = normalize
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            temperature_bounds,
+            symmetric=symmetric,
+            same_label=same_label,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -50,21 +102,161 @@ class InfoNCELoss(nn.Module):
         weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of `query` (..., N, D) against `key` (..., M, D); see `info_nce`."""
-        return info_nce(
+        loss: Tensor = info_nce(
             query,
             key,
             temperature=self.temperature,
             query_labels=query_labels,
             key_labels=key_labels,
-            same_label=self.same_label,
-            normalize=self.normalize,
             weights=weights,
-            reduction=self.reduction,
-            backend=self.backend,
+            **self.options,
+        )
+        return loss
+
+
+class NTXentLoss(_ContrastiveLoss):
+    """`seer_kernels.nt_xent` with its options fixed: `loss = NTXentLoss(temperature=0.5)(view1, view2)`.
+
+    Args:
+        temperature, learnable_temperature, temperature_bounds: as in `InfoNCELoss`.
+        same_label, normalize, reduction, backend: as in `nt_xent`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        temperature_bounds: tuple[float, float] = (0.01, 1.0),
+        same_label: str = "negative",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            temperature_bounds,
+            same_label=same_label,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, same_label={self.same_label!r}, normalize={self.normalize}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
+    def forward(
+        self, view1: Tensor, view2: Tensor, *, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """The loss of two views (..., N, D); see `nt_xent`."""
+        tail = {"labels": labels, "weights": weights, **self.options}
+        loss: Tensor = nt_xent(view1, view2, temperature=self.temperature, **tail)
+        return loss
+
+
+class SupConLoss(_ContrastiveLoss):
+    """`seer_kernels.sup_con` with its options fixed: `loss = SupConLoss(temperature=0.1)(features, labels)`.
+
+    Args:
+        temperature, learnable_temperature, temperature_bounds: as in `InfoNCELoss`.
+        normalize, reduction, backend: as in `sup_con`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        temperature_bounds: tuple[float, float] = (0.01, 1.0),
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            temperature_bounds,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
         )
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        keys: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `features` (..., N, D) with `labels` (..., N); see `sup_con`."""
+        loss: Tensor = sup_con(
+            features,
+            labels,
+            temperature=self.temperature,
+            keys=keys,
+            key_labels=key_labels,
+            weights=weights,
+            **self.options,
+        )
+        return loss
+
+
+class SigLipLoss(_ContrastiveLoss):
+    """`seer_kernels.siglip` with its options fixed: `loss = SigLipLoss()(query, key)`.
+
+    Args:
+        temperature, learnable_temperature, temperature_bounds: as in `InfoNCELoss`, but learnable by default.
+        bias: the bias; where learnable, the one to start from.
+        learnable_bias: train the bias along.
+        same_label, normalize, reduction, backend: as in `siglip`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        *,
+        learnable_temperature: bool = True,
+        temperature_bounds: tuple[float, float] = (0.01, 1.0),
+        learnable_bias: bool = True,
+        same_label: str = "negative",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            temperature_bounds,
+            same_label=same_label,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        check_scalar("bias", bias)
+        self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learnable_bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        query_labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `query` (..., N, D) against `key` (..., M, D); see `siglip`."""
+        loss: Tensor = siglip(
+            query,
+            key,
+            temperature=self.temperature,
+            bias=self.bias,
+            query_labels=query_labels,
+            key_labels=key_labels,
+            weights=weights,
+            **self.options,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={float(self.bias):g}, learnable_bias={self.bias.requires_grad}"

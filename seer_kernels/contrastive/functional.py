@@ -762,7 +762,8 @@ class _Contrastive(torch.autograd.Function):
         nothing = (None,) * 15
         if loss_gradient is None or not any(wanted):
             return (None,) * 4 + nothing
-        (*inputs, scale), saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        tensors = ctx.saved_tensors  # once: a checkpointed graph recomputes them at this
+        inputs, scale, saved = tensors[:7], tensors[7], tensors[8:]
         query, _, temperature, bias, *_, weights = inputs
         if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
             gradients = _scale(*saved, loss_gradient / scale, query.dtype)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from seer_kernels import InfoNCELoss, backends, info_nce
+from seer_kernels import (
+    InfoNCELoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+    backends,
+    info_nce,
+    nt_xent,
+    siglip,
+    sup_con,
+)
 
 BACKENDS = [name for name, status in backends().items() if "cpu" in status.devices]
 
@@ -23,34 +33,44 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_opcheck(backend: str, reduction: str, labelled: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "pairing", "labelled"),
+    [
+        ("softmax", "rows", True),
+        ("symmetric", "rows", False),
+        ("sigmoid", "rows", True),
+        ("softmax", "views", False),
+        ("softmax", "self", True),
+    ],
+)
+def test_opcheck(backend: str, reduction: str, form: str, pairing: str, labelled: bool) -> None:
     query, key = pair()
-    labels = (torch.arange(5).expand(2, 5), torch.arange(9).expand(2, 9), torch.ones(2, 5)) if labelled else (None,) * 3
-    rule = "ignore" if labelled else "negative"
+    rows, keys = 5, 9
+    if pairing == "views":
+        key, rows, keys = key[:, :5].detach().requires_grad_(), 10, 10
+    other = key if pairing != "self" else None
+    if pairing == "self":
+        keys = rows
+    labels = (None, None, None)
+    if labelled:
+        labels = (torch.arange(rows).expand(2, rows), torch.arange(keys).expand(2, keys), torch.ones(2, rows))
     temperature = torch.tensor(0.1, requires_grad=True)
+    bias = torch.tensor(-1.0, requires_grad=True) if form == "sigmoid" else None
+    operands = (query, other, temperature, bias, *labels)
+    options = (form, pairing, "ignore" if labelled else "negative", True, backend)
+    wanted = (True, other is not None, True, bias is not None)
     torch.library.opcheck(
-        torch.ops.seer_kernels.contrastive.default,
-        (query, key, temperature, *labels, rule, True, reduction, backend, False, True, True, True, True),
+        torch.ops.seer_kernels.contrastive.default, (*operands, *options, reduction, False, True, *wanted)
     )
+    detached = (None if x is None else x.detach() for x in operands)
     torch.library.opcheck(
-        torch.ops.seer_kernels.contrastive_recompute.default,
-        (
-            torch.rand(2, 5),
-            *(x.detach() for x in (query, key, temperature)),
-            *labels,
-            rule,
-            True,
-            backend,
-            True,
-            False,
-            True,
-        ),
+        torch.ops.seer_kernels.contrastive_recompute.default, (torch.rand(2, rows), *detached, *options, *wanted)
     )
-    torch.library.opcheck(
-        torch.ops.seer_kernels.contrastive_scale.default,
-        (torch.randn(2, 5, 8), torch.empty(0), torch.randn(2), torch.rand(2), torch.bfloat16),
-    )
+
+
+def test_opcheck_of_the_scaling() -> None:
+    gradients = (torch.randn(2, 5, 8), torch.empty(0), torch.randn(2), torch.empty(0))
+    torch.library.opcheck(torch.ops.seer_kernels.contrastive_scale.default, (*gradients, torch.rand(2), torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,25 +143,52 @@ def test_vmap_is_a_loop_over_problems_and_functional_gradients_are_refused() -> 
         torch.func.grad(lambda q: info_nce(q, key).sum())(query)
 
 
-def test_module_is_the_function_and_survives_pickling() -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_modules_are_the_functions_and_survive_pickling(symmetric: bool) -> None:
     query, key = pair()
     labels = torch.arange(9) % 3
-    module = InfoNCELoss(0.3, same_label="ignore", normalize=False, reduction="sum", backend="reference")
+    same = {"temperature": 0.3, "normalize": False, "reduction": "sum", "backend": "reference"}
+    two = {"query_labels": labels[:5], "key_labels": labels}
+    loss = InfoNCELoss(symmetric=symmetric, same_label="ignore", **same)
+    expected = info_nce(query, key, symmetric=symmetric, same_label="ignore", **two, **same)
+    torch.testing.assert_close(reloaded(loss)(query, key, **two), expected)
+    views = query, key[:, :5]
+    torch.testing.assert_close(
+        reloaded(NTXentLoss(same_label="positive", **same))(*views, labels=labels[:5]),
+        nt_xent(*views, labels=labels[:5], same_label="positive", **same),
+    )
+    torch.testing.assert_close(
+        reloaded(SupConLoss(**same))(query, labels[:5], keys=key, key_labels=labels),
+        sup_con(query, labels[:5], keys=key, key_labels=labels, **same),
+    )
+    torch.testing.assert_close(
+        reloaded(SigLipLoss(bias=-2.0, learnable_temperature=False, **same))(query, key),
+        siglip(query, key, bias=-2.0, **same),
+    )
+
+
+def reloaded(module: torch.nn.Module) -> torch.nn.Module:
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    options = {"query_labels": labels[:5], "key_labels": labels}
-    expected = info_nce(
-        query,
-        key,
-        temperature=0.3,
-        same_label="ignore",
-        normalize=False,
-        reduction="sum",
-        backend="reference",
-        **options,
-    )
-    torch.testing.assert_close(again(query, key, **options), expected)
     assert repr(again) == repr(module)
-    assert "same_label='ignore'" in repr(module)
+    return again
+
+
+def test_learnable_temperature_learns_and_cannot_run_away() -> None:
+    query = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    loss = InfoNCELoss(0.07, learnable_temperature=True, temperature_bounds=(0.02, 0.5))
+    assert float(loss.temperature) == pytest.approx(0.07)
+    assert [name for name, _ in loss.named_parameters()] == ["raw_temperature"]
+    optimiser = torch.optim.SGD(loss.parameters(), lr=1e6)
+    for key in (query, -query) * 3:  # pushes the temperature far down, then far up
+        optimiser.zero_grad()
+        loss(query, key).backward()
+        optimiser.step()
+        assert 0.02 <= float(loss.temperature) <= 0.5
+    moved = SigLipLoss()
+    moved(query, query).backward()
+    assert all(p.grad is not None and p.grad != 0 for p in moved.parameters())
+    with pytest.raises(ValueError, match=r"temperature must lie between temperature_bounds \(0\.1, 1\.0\); got 0\.07"):
+        InfoNCELoss(0.07, learnable_temperature=True, temperature_bounds=(0.1, 1.0))
