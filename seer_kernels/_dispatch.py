@@ -35,7 +35,25 @@ def _native_status() -> BackendStatus:
         return BackendStatus("native", ("cpu",), "no cuda: the native module was built without nvcc")
     if not torch.cuda.is_available():
         return BackendStatus("native", ("cpu",), "no cuda: torch finds no usable CUDA device")
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not _runs_on(_native.cuda_architectures, capability):
+            built = ", ".join(f"sm_{target}" for target in _native.cuda_architectures.split(","))
+            found = f"cuda:{index} is sm_{capability[0]}{capability[1]}"
+            return BackendStatus("native", ("cpu",), f"no cuda: the native module was built for {built}, and {found}")
     return BackendStatus("native", ("cpu", "cuda"), "")
+
+
+def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures` ("80,90") runs on a GPU of this compute capability.
+
+    Machine code runs on the major version it was built for, from its minor version on; the PTX of the newest target on
+    all GPUs that came later.
+    """
+    targets = [divmod(int(target), 10) for target in architectures.split(",")]
+    return capability >= max(targets) or any(
+        major == capability[0] and minor <= capability[1] for major, minor in targets
+    )
 
 
 def backends() -> dict[str, BackendStatus]:
