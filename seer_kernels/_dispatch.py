@@ -63,8 +63,8 @@ def backends() -> dict[str, BackendStatus]:
     return {name: status[name] for name in BACKENDS}
 
 
-def choose(requested: str, device: torch.device) -> str:
-    """The backend to run on `device`.
+def choose(requested: str, device: torch.device, native_lacks: str = "") -> str:
+    """The backend to run on `device`; `native_lacks` says why native kernels do not serve the problem at hand there.
 
     `"auto"` prefers native code and takes the reference where there is none. Any other name is a demand: it is met, or
     a RuntimeError says why it cannot be and what can.
@@ -72,10 +72,10 @@ def choose(requested: str, device: torch.device) -> str:
     if requested == "reference":
         return "reference"
     native = _native_status()
-    if device.type in native.devices:
+    if device.type in native.devices and not native_lacks:
         return "native"
     if requested == "auto":
         return "reference"
-    others = ", ".join(repr(s.name) for s in backends().values() if device.type in s.devices or s.name == "reference")
-    reason = native.reason or f"it has no kernels for {device.type!r} tensors"
+    others = ", ".join(repr(s.name) for s in backends().values() if device.type in s.devices and s.name != requested)
+    reason = native.reason or native_lacks or f"it has no kernels for {device.type!r} tensors"
     raise RuntimeError(f"backend={requested!r} cannot run on {device}: {reason}. Available there: 'auto', {others}")

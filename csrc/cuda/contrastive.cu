@@ -110,8 +110,9 @@ struct Summary {
 // One query, as its pairs see it.
 template <class T>
 struct Row {
-  int N, M, own, label;
+  int N, M, index, own, label;
   SameLabel same_label;
+  bool shared_weights, self_contrast;
   const T* weights;           // of this problem, as the next two
   const T* key_scales;        //
   const int32_t* key_labels;  //
@@ -120,15 +121,18 @@ struct Row {
   SEER_DEVICE Row(const RowBlock<T>& b, int64_t p, int64_t i)
       : N(int(b.N)),
         M(int(b.M)),
-        own(int(i)),
+        index(int(i)),
+        own(b.own_shift < 0 ? -1 : int(i + b.own_shift - (i + b.own_shift < b.M ? 0 : b.M))),
         label(b.query_labels ? b.query_labels[p * b.N + i] : 0),
         same_label(b.same_label),
+        shared_weights(b.shared_weights),
+        self_contrast(b.self_contrast),
         weights(b.weights ? b.weights + p * b.N : nullptr),
         key_scales(b.key_scale ? b.key_scale + p * b.M : nullptr),
         key_labels(b.key_labels ? b.key_labels + p * b.M : nullptr),
         scale((b.query_scale ? b.query_scale[p * b.N + i] : T(1)) / *b.temperature) {}
 
-  SEER_DEVICE bool exists() const { return !weights || weights[own] > T(0); }
+  SEER_DEVICE bool exists() const { return !weights || weights[index] > T(0); }
 
   template <int kWidth>
   SEER_DEVICE void load_key_scales(int begin, int k, T (&scales)[kWidth]) const {
@@ -151,9 +155,13 @@ struct Row {
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) same[v] = -int(labels[v] == label);
     }
-    if (weights) {
+    if (weights && shared_weights) {
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) absent[v] = -int(j + v < N && !(weights[j + v] > T(0)));
+    }
+    if (self_contrast) {
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) absent[v] |= -int(j + v == index);
     }
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) pairs[v] = classify<int>(-int(j + v == own), same[v], ~absent[v], same_label);

@@ -42,7 +42,7 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=_PAD,
         eos_token=_END,
@@ -102,7 +102,7 @@ def train_language_model(
             logging_strategy="no",
             report_to="none",
         )
-        Trainer(model, arguments, train_dataset=[{"input_ids": page, "labels": page} for page in pages]).train()  # type: ignore[arg-type]
+        Trainer(model, arguments, train_dataset=[{"input_ids": page, "labels": page} for page in pages]).train()
 
 
 def _pages(rows: Sequence[list[int]], concept_ids: np.ndarray, generator: np.random.Generator) -> Iterator[Tensor]:

@@ -520,6 +520,10 @@ def _problem(
     )
 
 
+def _choose(backend: str, problem: Problem) -> str:
+    return _dispatch.choose(backend, problem.query.device, native.lacks(problem))
+
+
 def _check_values(
     query: Tensor,
     key: Tensor | None,
@@ -580,7 +584,7 @@ def _contrastive_kernel(
         rows, gradients = _no_pairs(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            rows, gradients = _BACKENDS[_dispatch.choose(backend, query.device)].forward(problem, wanted)
+            rows, gradients = _BACKENDS[_choose(backend, problem)].forward(problem, wanted)
 
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
@@ -712,8 +716,7 @@ def _recompute_kernel(
         gradients = _no_pairs(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
-            chosen = _BACKENDS[_dispatch.choose(backend, query.device)]
-            gradients = chosen.backward(problem, row_gradient.contiguous(), wanted)
+            gradients = _BACKENDS[_choose(backend, problem)].backward(problem, row_gradient.contiguous(), wanted)
     return (
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),

@@ -38,6 +38,14 @@ ABSENT = -1e30
 """kAbsent of the kernels: a maximum over nothing."""
 
 
+def lacks(problem: Problem) -> str:
+    """Why there is no kernel for a problem where it lives; empty where there is one."""
+    one_sided = problem.form == "softmax" and not problem.pairing.self_contrast
+    if problem.query.device.type == "cuda" and not one_sided:
+        return "on CUDA it computes one-sided softmax losses only"
+    return ""
+
+
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
     """Row results, and the gradients of `sum_i weights_i loss_i`."""
     return _evaluate(problem, row_weights(problem), wanted)

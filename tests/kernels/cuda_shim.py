@@ -13,16 +13,28 @@ H100_SHARED_BYTES = 113 << 10
 """Half of the shared memory of a multiprocessor, less what CUDA keeps for itself."""
 
 
-class RowBlock(ctypes.Structure):
-    """`seer::RowBlock` of csrc/contrastive.h, whose fields are also the arguments of the compiled kernels."""
+class Operands(ctypes.Structure):
+    """`seer::Operands` of csrc/contrastive.h."""
 
     _fields_ = (
+        *((name, ctypes.c_int64) for name in ("P", "N", "M")),
+        *((name, ctypes.c_void_p) for name in ("query_scale", "key_scale", "temperature", "bias")),
+        *((name, ctypes.c_void_p) for name in ("query_labels", "key_labels", "weights")),
+        ("shared_weights", ctypes.c_bool),
+        ("own_shift", ctypes.c_int64),
+        ("self_contrast", ctypes.c_bool),
+        ("same_label", ctypes.c_int),
+    )
+
+
+class RowBlock(ctypes.Structure):
+    """`seer::RowBlock`, whose fields are also the arguments of the compiled kernels."""
+
+    _fields_ = (
+        ("operands", Operands),
         ("products", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("first_problem", "problem_count", "first_row", "row_count")),
-        *((name, ctypes.c_int64) for name in ("P", "N", "M")),
-        *((name, ctypes.c_void_p) for name in ("query_scale", "key_scale", "query_labels", "key_labels")),
-        *((name, ctypes.c_void_p) for name in ("weights", "row_gradient", "temperature")),
-        ("same_label", ctypes.c_int),
+        ("row_gradient", ctypes.c_void_p),
         ("write_gradient", ctypes.c_bool),
         ("rows", ctypes.c_void_p),
     )
@@ -57,9 +69,10 @@ class CudaShim:
         """Bytes copied to shared memory since configure()."""
         return int(self._library.copied_bytes())
 
-    def _contrastive_rows(self, suffix: str, *, threads: int = 1, **arguments: int | bool) -> None:
-        assert arguments.keys() == {name for name, *_ in RowBlock._fields_}
-        self._check(getattr(self._library, f"contrastive_rows_{suffix}")(ctypes.byref(RowBlock(**arguments))))
+    def _contrastive_rows(self, suffix: str, operands: Operands, *, threads: int = 1, **arguments: int | bool) -> None:
+        assert arguments.keys() | {"operands"} == {name for name, *_ in RowBlock._fields_}
+        block = RowBlock(operands=operands, **arguments)
+        self._check(getattr(self._library, f"contrastive_rows_{suffix}")(ctypes.byref(block)))
 
     def _project_rows(
         self, suffix: str, *, gradient: int, x: int, inverse_norm: int, rows: int, D: int, threads: int = 1
@@ -73,11 +86,13 @@ class CudaShim:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def contrastive_rows_f32(self, **arguments: Any) -> None:
-        self._contrastive_rows("f32", **arguments)
+    Operands_f32 = Operands_f64 = Operands
 
-    def contrastive_rows_f64(self, **arguments: Any) -> None:
-        self._contrastive_rows("f64", **arguments)
+    def contrastive_rows_f32(self, operands: Operands, **arguments: Any) -> None:
+        self._contrastive_rows("f32", operands, **arguments)
+
+    def contrastive_rows_f64(self, operands: Operands, **arguments: Any) -> None:
+        self._contrastive_rows("f64", operands, **arguments)
 
     def project_rows_f32(self, **arguments: Any) -> None:
         self._project_rows("f32", **arguments)

@@ -172,7 +172,7 @@ def value_and_gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *
 
 
 def assert_as_exact_as_plain_torch(
-    loss: partial[Tensor], plain: partial[Tensor], inputs: Sequence[Tensor], **options: Any
+    loss: Callable[..., Tensor], plain: partial[Tensor], inputs: Sequence[Tensor], **options: Any
 ) -> list[Tensor]:
     """Value and gradients of a mean `loss` of unit rows, whose error is at most twice that of `plain` in that dtype.
 

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import cuda_shim
@@ -17,9 +18,18 @@ from torch import Tensor
 
 from seer_kernels import info_nce
 from seer_kernels.contrastive import native, reference
-from seer_kernels.contrastive.problem import SAME_LABEL, Problem, Wanted
+from seer_kernels.contrastive.problem import SAME_LABEL, Pairing, Problem, Wanted
 
-PLANES = ("loss", "valid", "positive_similarity", "negative_similarity", "has_negative", "top1", "logit_dot")
+PLANES = (
+    "loss",
+    "valid",
+    "positive_similarity",
+    "negative_similarity",
+    "has_negative",
+    "top1",
+    "logit_dot",
+    "logit_sum",
+)
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 CANARY = 12345.0
 
@@ -53,6 +63,7 @@ class Rows:
     row_gradient: Tensor  # [P, N]
     temperature: Tensor  # []
     same_label: str
+    pairing: str = "rows"
 
     def to(self, dtype: torch.dtype) -> Rows:
         fields = {name: value.to(dtype) for name, value in vars(self).items() if _is_floating(value)}
@@ -117,18 +128,26 @@ def expected(rows: Rows) -> dict[str, Tensor]:
         query=torch.eye(N, dtype=similarity.dtype).expand(P, N, N),
         key=similarity.mT,
         temperature=rows.temperature,
+        bias=None,
         query_labels=rows.query_labels,
         key_labels=rows.key_labels,
         weights=rows.weights,
+        form="softmax",
+        pairing=Pairing(rows.pairing),
         same_label=rows.same_label,
         normalize=False,
     )
-    wanted = Wanted(query=False, key=True, temperature=True)
+    wanted = Wanted(query=False, key=True, temperature=True, bias=False)
     results = reference.forward(problem, wanted)[0]
     slope = reference.backward(problem, rows.row_gradient, wanted).key
     assert slope is not None
     slope = slope.mT
-    return {**results._asdict(), "logit_dot": (slope * similarity).sum(-1), "gradient": slope * scales(rows)}
+    return {
+        **results._asdict(),
+        "logit_dot": (slope * similarity).sum(-1),
+        "logit_sum": torch.zeros_like(rows.row_gradient),  # only the sigmoid loss has one
+        "gradient": slope * scales(rows),
+    }
 
 
 def guarded(value: Tensor, offset: int) -> Tensor:
@@ -173,23 +192,36 @@ def run(
     for first_problem, last_problem, first_row, last_row in blocks:
         block = slice(first_problem, last_problem), slice(first_row, last_row)
         arrays["products"] = guarded(rows.products[block], offsets["products"])
-        addresses = {field[0]: 0 for field in cuda_shim.RowBlock._fields_ if field[1] is ctypes.c_void_p}
+        pairing = Pairing(rows.pairing)
+        operands = cuda_shim.Operands(
+            P=P,
+            N=N,
+            M=M,
+            shared_weights=pairing.shared_weights,
+            own_shift=pairing.own_shift(N),
+            self_contrast=pairing.self_contrast,
+            same_label=SAME_LABEL.index(rows.same_label),
+            **addresses(cuda_shim.Operands, arrays),
+        )
         getattr(shim, f"contrastive_rows_{SUFFIX[dtype]}")(
+            operands,
             first_problem=first_problem,
             problem_count=last_problem - first_problem,
             first_row=first_row,
             row_count=last_row - first_row,
-            P=P,
-            N=N,
-            M=M,
-            same_label=SAME_LABEL.index(rows.same_label),
             write_gradient=write_gradient,
-            **addresses | {name: array.data_ptr() for name, array in arrays.items()},
+            **addresses(cuda_shim.RowBlock, arrays),
         )
         check_guards(arrays["products"])
         gradient[block] = arrays["products"]
     check_guards(arrays["rows"])
     return {**dict(zip(PLANES, arrays["rows"], strict=True)), "gradient": gradient}
+
+
+def addresses(structure: type[ctypes.Structure], arrays: dict[str, Tensor]) -> dict[str, int]:
+    """Where the arrays are that `structure` points to; 0 for those that are not there."""
+    pointers = [name for name, kind, *_ in structure._fields_ if kind is ctypes.c_void_p]
+    return {name: arrays[name].data_ptr() if name in arrays else 0 for name in pointers}
 
 
 def assert_exact(actual: dict[str, Tensor], rows: Rows) -> None:
@@ -234,6 +266,17 @@ def test_rows(shim: CudaShim, dtype: torch.dtype, rule: str, full: bool) -> None
         for schedule in range(3):
             shim.configure(schedule)
             assert_exact(run(shim, rows), rows)
+
+
+def test_pairs_made_by_labels_alone(shim: CudaShim) -> None:
+    """No own pair, and weights of queries that say nothing of the keys; some rows have no positive."""
+    for seed, (P, N, M) in enumerate([(1, 3, 3), (2, 5, 70), (1, 2, 1500)]):
+        rows = make_rows(P, N, M, torch.float32, seed, rule="positive", full=True)
+        assert rows.query_labels is not None
+        rows.query_labels[:, -1] = 77
+        rows = replace(rows, pairing="labels")
+        shim.configure(seed)
+        assert_exact(run(shim, rows), rows)
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied", "low"])
@@ -366,8 +409,8 @@ def test_the_whole_loss(shim: CudaShim, monkeypatch: pytest.MonkeyPatch, dtype: 
     monkeypatch.setattr(native, "_native", shim)
     before = shim.calls
     assert_as_exact_as_plain_torch(
-        lambda query, key, **options: info_nce(query, key, backend="native", **options),
-        plain_torch,
+        partial(info_nce, backend="native"),
+        partial(plain_torch, "info_nce"),
         [query, key],
         query_labels=labels[:, :6],
         key_labels=labels,

@@ -61,7 +61,7 @@ def test_every_sample_is_drawn_in_its_concepts_colour(tmp_path: Path, saved: lis
 
 
 def test_heading_gives_the_share_of_neighbours_of_the_same_concept(tmp_path: Path, saved: list[Figure]) -> None:
-    # Four samples on a quarter circle: a a b b at 0, 10, 20 and 90 degrees. All 3 others count, 1 of them of the concept.
+    # Four samples on a quarter circle: a a b b at 0, 10, 20 and 90 degrees. All 3 others count, one of the concept.
     angles = np.radians([0, 10, 20, 90])
     states = np.stack([np.cos(angles), np.sin(angles)], 1) * [[1], [5], [2], [3]]
     plot_representations(states, clouds(0.01)[:4], ["a", "a", "b", "b"], tmp_path / "a.png", method="pca")
