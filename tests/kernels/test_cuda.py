@@ -137,8 +137,9 @@ def test_a_graph_captures_forward_and_backward() -> None:
             torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     inputs, options = make(2, 9, 2000, 16, torch.float32, weighted=True)
     expected = value_and_gradients(on_device, inputs, same_label="ignore", **options)
     with torch.cuda.device(0):
