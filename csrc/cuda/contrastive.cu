@@ -110,9 +110,8 @@ struct Summary {
 // One query, as its pairs see it.
 template <class T>
 struct Row {
-  int N, M, index, own, label;
+  int N, M, own, label;
   SameLabel same_label;
-  bool shared_weights, self_contrast;
   const T* weights;           // of this problem, as the next two
   const T* key_scales;        //
   const int32_t* key_labels;  //
@@ -121,18 +120,15 @@ struct Row {
   SEER_DEVICE Row(const RowBlock<T>& b, int64_t p, int64_t i)
       : N(int(b.N)),
         M(int(b.M)),
-        index(int(i)),
-        own(b.own_shift < 0 ? -1 : int(i + b.own_shift - (i + b.own_shift < b.M ? 0 : b.M))),
+        own(int(i)),
         label(b.query_labels ? b.query_labels[p * b.N + i] : 0),
         same_label(b.same_label),
-        shared_weights(b.shared_weights),
-        self_contrast(b.self_contrast),
         weights(b.weights ? b.weights + p * b.N : nullptr),
         key_scales(b.key_scale ? b.key_scale + p * b.M : nullptr),
         key_labels(b.key_labels ? b.key_labels + p * b.M : nullptr),
         scale((b.query_scale ? b.query_scale[p * b.N + i] : T(1)) / *b.temperature) {}
 
-  SEER_DEVICE bool exists() const { return !weights || weights[index] > T(0); }
+  SEER_DEVICE bool exists() const { return !weights || weights[own] > T(0); }
 
   template <int kWidth>
   SEER_DEVICE void load_key_scales(int begin, int k, T (&scales)[kWidth]) const {
@@ -155,13 +151,9 @@ struct Row {
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) same[v] = -int(labels[v] == label);
     }
-    if (weights && shared_weights) {
+    if (weights) {
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) absent[v] = -int(j + v < N && !(weights[j + v] > T(0)));
-    }
-    if (self_contrast) {
-#pragma unroll
-      for (int v = 0; v < kWidth; ++v) absent[v] |= -int(j + v == index);
     }
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) pairs[v] = classify<int>(-int(j + v == own), same[v], ~absent[v], same_label);
@@ -264,7 +256,7 @@ SEER_KERNEL(kBlocks<T>) contrastive_rows_kernel(const RowBlock<T> b, unsigned ro
   const T top = all.top(), row_gradient = b.row_gradient[p * b.N + i];
   if (team_thread() == 0) {
     const T mean_positive = all.sum_positive / T(all.positives), temperature = *b.temperature;
-    T planes[kRowPlanes] = {};
+    T planes[kLogitSum] = {};  // the last plane is of the sigmoid loss: left as it is
     if (valid) {
       planes[kLoss] = std::log(all.total) - (mean_positive - top);
       planes[kValid] = T(1);
@@ -277,7 +269,7 @@ SEER_KERNEL(kBlocks<T>) contrastive_rows_kernel(const RowBlock<T> b, unsigned ro
       planes[kLogitDot] = row_gradient * (all.total_logit / all.total - (mean_positive - top));
     }
 #pragma unroll
-    for (int which = 0; which < kRowPlanes; ++which) b.rows[(which * b.P + p) * b.N + i] = planes[which];
+    for (int which = 0; which < kLogitSum; ++which) b.rows[(which * b.P + p) * b.N + i] = planes[which];
   }
   if (!b.write_gradient) return;
 

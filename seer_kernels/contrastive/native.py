@@ -40,9 +40,8 @@ ABSENT = -1e30
 
 def lacks(problem: Problem) -> str:
     """Why there is no kernel for a problem where it lives; empty where there is one."""
-    one_sided = problem.form == "softmax" and not problem.pairing.self_contrast
-    if problem.query.device.type == "cuda" and not one_sided:
-        return "on CUDA it computes one-sided softmax losses only"
+    if problem.query.device.type == "cuda" and (problem.form, problem.pairing.name) != ("softmax", "rows"):
+        return "on CUDA it computes one-sided info_nce only"
     return ""
 
 
@@ -191,7 +190,7 @@ class _Sweep:
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
-    rows = torch.empty(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
+    rows = torch.zeros(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
     blocks = list(sweep.blocks(max(1, BLOCK_BYTES // (sweep.M * rows.element_size()))))
     buffer = rows.new_empty(max(math.prod(sweep.shape(block)) for block in blocks))
     for block in blocks:
