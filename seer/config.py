@@ -145,6 +145,10 @@ class SeerConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name in ("disentangle_weight", "retain_weight", "kl_weight"):
             _check(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            known = value is None or 0 <= value < 2**32  # what numpy takes
+            _check(known, name, f"a whole number from 0 to {2**32 - 1}", value)
         _check(self.temperature > 0, "temperature", "a number > 0", self.temperature)
         _check(0 <= self.held_out_share < 1, "held_out_share", "a share from 0 up to but not 1", self.held_out_share)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 up to but not 1", self.lora_dropout)

@@ -85,6 +85,8 @@ def run_demo(argv: Sequence[str]) -> int:
         help="which texts are put aside, the first weights, the order of everything (default: 0)",
     )
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.seed < 2**32:  # before anything is written
+        parser.error(f"--seed: expected a whole number from 0 to {2**32 - 1}, got {arguments.seed}")
     _claim(arguments.output_dir)
     with as_file(files("seer.demo") / "concepts.csv") as concepts:
         _run(concepts, arguments.output_dir, arguments.seed)

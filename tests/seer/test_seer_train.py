@@ -137,6 +137,7 @@ def replaced(flags: list[str], name: str, value: str) -> list[str]:
         (["--concepts", "metal", "fruit"], "column concept: expected one of ['metal', 'fruit'], got 'animal'"),
         (["--layers_path", "model.blocks"], "--layers_path: expected the path of a non-empty nn.ModuleList"),
         (["--temperature", "0"], "--temperature: expected a number > 0, got 0.0"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (["--held_out_share", "1"], "--held_out_share: expected a share from 0 up to but not 1, got 1.0"),
         (["--same_label", "both"], "argument --same_label/--same-label: invalid choice: 'both'"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
