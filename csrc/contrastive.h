@@ -86,7 +86,26 @@ enum SlopePlane : int {
   kSlope,       // d total / d loss of the anchor; 0 where the anchor has no loss
 };
 
+// The features of P problems, contiguous: query [P, N, D], key [P, M, D].
+template <class T>
+struct Features {
+  int64_t P, N, M, D;
+  const T* query;
+  const T* key;
+};
+
 namespace cpu {
+
+// products [P, N, M] = query . key.
+template <class T>
+void pair_products(const Features<T>& features, T* products, int threads);
+
+// Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it is
+// not wanted. Where the features were normalised (inverse_norms not null, [P, N] and [P, M]), less their components along
+// the features themselves, which follow from slopes and products.
+template <class T>
+void feature_gradients(const Features<T>& features, const T* products, const T* slopes, const T* query_inverse_norms,
+                       const T* key_inverse_norms, T* query_gradient, T* key_gradient, int threads);
 
 template <class T>
 void contrastive_rows(const RowBlock<T>& block, int threads);

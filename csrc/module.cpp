@@ -72,6 +72,34 @@ void bind_rows(py::module_& m, const std::string& suffix, void (*contrastive_row
 }
 
 template <class T>
+void bind_features(py::module_& m, const std::string& type) {
+  py::class_<Features<T>>(m, ("Features_" + type).c_str())
+      .def(py::init([](int64_t P, int64_t N, int64_t M, int64_t D, std::uintptr_t query, std::uintptr_t key) {
+             return Features<T>{P, N, M, D, pointer<const T>(query), pointer<const T>(key)};
+           }),
+           py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("query"), py::arg("key"));
+  m.def(
+      ("pair_products_" + type).c_str(),
+      [](const Features<T>& features, std::uintptr_t products, int threads) {
+        cpu::pair_products(features, pointer<T>(products), threads);
+      },
+      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("feature_gradients_" + type).c_str(),
+      [](const Features<T>& features, std::uintptr_t products, std::uintptr_t slopes,
+         std::uintptr_t query_inverse_norms, std::uintptr_t key_inverse_norms, std::uintptr_t query_gradient,
+         std::uintptr_t key_gradient, int threads) {
+        cpu::feature_gradients(features, pointer<const T>(products), pointer<const T>(slopes),
+                               pointer<const T>(query_inverse_norms), pointer<const T>(key_inverse_norms),
+                               pointer<T>(query_gradient), pointer<T>(key_gradient), threads);
+      },
+      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("slopes"), py::arg("query_inverse_norms"),
+      py::arg("key_inverse_norms"), py::arg("query_gradient"), py::arg("key_gradient"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class T>
 void bind_panels(py::module_& m, const std::string& type) {
   py::class_<Panel<T>>(m, ("Panel_" + type).c_str())
       .def(py::init([](const Operands<T>& operands, std::uintptr_t products, int64_t first_problem,
@@ -114,6 +142,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("limit_instruction_set", [](int limit) { cpu::limit_instruction_set(static_cast<cpu::InstructionSet>(limit)); });
   bind_operands<float>(m, "f32");
   bind_operands<double>(m, "f64");
+  bind_features<float>(m, "f32");
+  bind_features<double>(m, "f64");
   bind_panels<float>(m, "f32");
   bind_panels<double>(m, "f64");
   bind_rows(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");

@@ -4,6 +4,9 @@ One-sided losses take one sweep over blocks of queries. A block against all keys
 products are overwritten by the gradient with respect to them, and two more matrix products give the gradients of
 queries and keys: three products in all, and no memory beyond one block.
 
+Problems of few rows, such as the hidden states of a training step, stay in the caches: there our own kernels multiply,
+which need no packing, and take the normalisation's part of the gradient along.
+
 Where keys are anchors too (self-contrast, symmetric losses), no gradient can be formed before every row and column has
 been seen. A first sweep collects what each anchor needs, a second one forms the gradient. A set against itself is
 symmetric: only blocks on and above the diagonal are visited, which halves the products of each sweep.
@@ -31,6 +34,9 @@ BLOCK_BYTES = 16 << 20
 KEPT_BYTES = 32 << 20
 """Two sweeps keep the products of the first for the second if all of them take no more than this."""
 
+CACHED_ROWS = 256
+"""Problems of at most so many queries and keys are multiplied by our own kernels, on the CPU."""
+
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
 
@@ -56,7 +62,7 @@ def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradient
 
 
 def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    sweep = _Sweep(problem, wanted)
+    sweep = (_CachedSweep if _stays_cached(problem) else _Sweep)(problem, wanted)
     if problem.pairing.self_contrast or problem.form == "symmetric":
         return _two_sweeps(sweep, row_gradient)
     return _one_sweep(sweep, row_gradient)
@@ -73,14 +79,15 @@ class _Block(NamedTuple):
 class _Sweep:
     """The operands of a problem, its blocks, and the matrix products over a block."""
 
+    start = staticmethod(torch.zeros)  # of the gradients, to which every block adds
+
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         self.problem, self.wanted, self.dtype = problem, wanted, problem.dtype
         self.P, self.N, self.M, self.D = problem.sizes
         self.device = problem.query.device
         sets = [x for x in (problem.query, problem.key) if x is not None]
         self.gradients = [
-            # Zeros, which cost nothing until they are touched: every product is added.
-            torch.zeros(x.shape, dtype=self.dtype, device=self.device) if want else None
+            self.start(x.shape, dtype=self.dtype, device=self.device) if want else None
             for x, want in zip(sets, wanted[:2], strict=False)
         ]
         self.inverse_norms = [_inverse_norms(x, self.dtype) for x in sets] if problem.normalize else []
@@ -175,11 +182,15 @@ class _Sweep:
                 if key_gradient is not None:
                     _multiply(key_gradient[block.problems, key_rows], slopes_beyond[:, r, c].mT, queries, add=True)
 
-    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
-        """The gradients with respect to the features themselves, and to the scalars."""
+    def project(self) -> None:
+        """Takes the gradients through the normalisation."""
         for which, gradient in enumerate(self.gradients):
             if gradient is not None and self.problem.normalize:
                 _project(gradient, self.sets[which], self.inverse_norms[which])
+
+    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
+        """The gradients with respect to the features themselves, and to the scalars."""
+        self.project()
         query, key = (*self.gradients, None)[:2]
         return Gradients(
             query,
@@ -187,6 +198,58 @@ class _Sweep:
             temperature if self.wanted.temperature else None,
             bias if self.wanted.bias else None,
         )
+
+
+def _stays_cached(problem: Problem) -> bool:
+    P, N, M, _ = problem.sizes
+    small = max(N, M) <= CACHED_ROWS and P * N * M * problem.dtype.itemsize <= BLOCK_BYTES
+    return small and problem.query.device.type == "cpu"
+
+
+class _CachedSweep(_Sweep):
+    """All problems as one block, multiplied by our own kernels, which also project the gradients."""
+
+    start = staticmethod(torch.empty)
+
+    def __init__(self, problem: Problem, wanted: Wanted) -> None:
+        super().__init__(problem, wanted)
+        alone = problem.pairing.self_contrast
+        whole = [torch.cat(self.sets, 1)] if alone and len(self.sets) == 2 else self.sets
+        self.whole = [x.to(self.dtype).contiguous() for x in whole]  # queries and keys, or both in one
+        self.features = getattr(_native, f"Features_{_suffix(self.dtype)}")(
+            P=self.P, N=self.N, M=self.M, D=self.D, query=_address(self.whole[0]), key=_address(self.whole[-1])
+        )
+
+    def blocks(self, rows: int) -> Iterator[_Block]:
+        yield _Block(slice(0, self.P), slice(0, self.N), 0)
+
+    def multiply(self, block: _Block, products: Tensor) -> None:
+        _launch("pair_products", products, self.features, products=products.data_ptr())
+        self.products = products.clone() if self.wants_features and self.problem.normalize else None
+
+    def accumulate(self, block: _Block, slopes: Tensor) -> None:
+        targets = self.gradients
+        if self.problem.pairing.self_contrast:  # slopes hold both triangles: what rows gain is all there is to gain
+            targets = [torch.empty_like(self.whole[0]), None]
+        _launch(
+            "feature_gradients",
+            slopes,
+            self.features,
+            products=_address(self.products),
+            slopes=slopes.data_ptr(),
+            query_inverse_norms=_address(self.scales[0]),
+            key_inverse_norms=_address(self.scales[1]),
+            query_gradient=_address(targets[0]),
+            key_gradient=_address(targets[1]),
+        )
+        if targets[0] is not None and targets is not self.gradients:
+            parts = torch.split(targets[0], [x.shape[1] for x in self.sets], 1)
+            for gradient, part in zip(self.gradients, parts, strict=True):
+                if gradient is not None:
+                    gradient.copy_(part)
+
+    def project(self) -> None:
+        pass
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
