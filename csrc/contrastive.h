@@ -101,11 +101,11 @@ template <class T>
 void pair_products(const Features<T>& features, T* products, int threads);
 
 // Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it is
-// not wanted. Where the features were normalised (inverse_norms not null, [P, N] and [P, M]), less their components along
-// the features themselves, which follow from slopes and products.
+// not wanted. along [P, along_stride], null for zeros, holds of each query and then of each key the multiple of the
+// features themselves that is taken off.
 template <class T>
-void feature_gradients(const Features<T>& features, const T* products, const T* slopes, const T* query_inverse_norms,
-                       const T* key_inverse_norms, T* query_gradient, T* key_gradient, int threads);
+void feature_gradients(const Features<T>& features, const T* slopes, const T* along, int64_t along_stride,
+                       T* query_gradient, T* key_gradient, int threads);
 
 template <class T>
 void contrastive_rows(const RowBlock<T>& block, int threads);

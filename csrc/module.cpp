@@ -87,15 +87,13 @@ void bind_features(py::module_& m, const std::string& type) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       ("feature_gradients_" + type).c_str(),
-      [](const Features<T>& features, std::uintptr_t products, std::uintptr_t slopes,
-         std::uintptr_t query_inverse_norms, std::uintptr_t key_inverse_norms, std::uintptr_t query_gradient,
-         std::uintptr_t key_gradient, int threads) {
-        cpu::feature_gradients(features, pointer<const T>(products), pointer<const T>(slopes),
-                               pointer<const T>(query_inverse_norms), pointer<const T>(key_inverse_norms),
+      [](const Features<T>& features, std::uintptr_t slopes, std::uintptr_t along, int64_t along_stride,
+         std::uintptr_t query_gradient, std::uintptr_t key_gradient, int threads) {
+        cpu::feature_gradients(features, pointer<const T>(slopes), pointer<const T>(along), along_stride,
                                pointer<T>(query_gradient), pointer<T>(key_gradient), threads);
       },
-      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("slopes"), py::arg("query_inverse_norms"),
-      py::arg("key_inverse_norms"), py::arg("query_gradient"), py::arg("key_gradient"), py::arg("threads"),
+      py::arg("features"), py::kw_only(), py::arg("slopes"), py::arg("along"), py::arg("along_stride"),
+      py::arg("query_gradient"), py::arg("key_gradient"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 }
 

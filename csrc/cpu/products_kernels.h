@@ -80,39 +80,27 @@ void pair_products(const Features<T>& f, T* products, int64_t begin, int64_t end
   }
 }
 
-// Adds to along[r] what makes gradient row r orthogonal to its own features: sum_j slopes[r, j] products[r, j] / |own|^2.
-template <class T>
-void components_along(const T* slopes, const T* products, int64_t row_stride, int64_t column_stride, int64_t rows,
-                      int64_t columns, const T* inverse_norms, T* along) {
-  for (int64_t r = 0; r < rows; ++r) {
-    T dot = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t at = r * row_stride + j * column_stride;
-      dot += slopes[at] * products[at];
-    }
-    along[r] = dot * inverse_norms[r] * inverse_norms[r];
-  }
-}
-
 // Strips [begin, end) of kFeatureStrip features, counted over the problems.
 template <class T>
-void feature_gradients(const Features<T>& f, const T* slopes, const T* query_along, const T* key_along,
-                       T* query_gradient, T* key_gradient, int64_t begin, int64_t end) {
+void feature_gradients(const Features<T>& f, const T* slopes, const T* along, int64_t along_stride, T* query_gradient,
+                       T* key_gradient, int64_t begin, int64_t end) {
   constexpr int64_t kWidth = kTileColumns * Simd<T>::kLanes;
   const int64_t strips = (f.D + kFeatureStrip - 1) / kFeatureStrip;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t p = s / strips, first = s % strips * kFeatureStrip;
     const auto gradient = [&](int64_t d, auto width) {  // a constant but for the last features
       const T *query = f.query + p * f.N * f.D + d, *key = f.key + p * f.M * f.D + d, *slope = slopes + p * f.N * f.M;
+      const T* query_along = along ? along + p * along_stride : nullptr;
+      const T* key_along = along ? query_along + f.N : nullptr;
       if (query_gradient) {
         each_tile<kTileRows>(f.N, [&](int64_t i, auto tile) {
-          combine<tile, kTileColumns>(slope + i * f.M, f.M, 1, f.M, key, query_along ? query_along + p * f.N + i : nullptr,
+          combine<tile, kTileColumns>(slope + i * f.M, f.M, 1, f.M, key, query_along ? query_along + i : nullptr,
                                       query + i * f.D, query_gradient + (p * f.N + i) * f.D + d, f.D, width);
         });
       }
       if (key_gradient) {
         each_tile<kTileRows>(f.M, [&](int64_t j, auto tile) {
-          combine<tile, kTileColumns>(slope + j, 1, f.M, f.N, query, key_along ? key_along + p * f.M + j : nullptr,
+          combine<tile, kTileColumns>(slope + j, 1, f.M, f.N, query, key_along ? key_along + j : nullptr,
                                       key + j * f.D, key_gradient + (p * f.M + j) * f.D + d, f.D, width);
         });
       }

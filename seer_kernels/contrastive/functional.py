@@ -16,6 +16,7 @@ from seer_kernels.contrastive.problem import (
     Pairing,
     Problem,
     RowResults,
+    Slopes,
     Wanted,
     accumulation_dtype,
     row_weights,
@@ -568,9 +569,10 @@ def _contrastive_kernel(
     key_gradient: bool,
     temperature_gradient: bool,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [P] or [P, N] and statistics [3, P]; then, for the backward pass, the sum of weights that the mean divides
-    by [P] and the gradients of the weighted sum (with `reduction="none"` they cannot be formed yet).
+    by [P] and the gradients of the weighted sum, or the slopes instead of those of the features (with
+    `reduction="none"` they cannot be formed yet).
 
     An operator returns tensors only: an empty one stands for what was not asked for.
     """
@@ -598,8 +600,9 @@ def _contrastive_kernel(
         loss = loss / scale
     else:
         scale = torch.ones_like(scale)
-    query_, key_, temperature_, bias_ = (scale.new_empty(0) if g is None else g for g in gradients)
-    return loss, statistics, scale, query_, key_, temperature_, bias_
+    *formed, slopes = gradients
+    for_backward = (scale.new_empty(0) if g is None else g for g in (*formed, *(slopes or (None, None))))
+    return (loss, statistics, scale, *for_backward)  # type: ignore[return-value]  # mypy loses the count
 
 
 def _statistics(rows: RowResults, weight: Tensor, scale: Tensor) -> Tensor:
@@ -618,11 +621,11 @@ def _no_pairs(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
     """The results of no problems, no queries or no keys."""
     zeros = torch.zeros(problem.sizes[:2], dtype=problem.dtype, device=problem.query.device)
     inputs = (problem.query, problem.key, zeros.sum(-1), zeros.sum(-1))
-    gradients = (
+    query, key, temperature, bias = (
         torch.zeros_like(x, dtype=problem.dtype) if want and x is not None else None
         for x, want in zip(inputs, wanted, strict=True)
     )
-    return RowResults(*(zeros.clone() for _ in RowResults._fields)), Gradients(*gradients)
+    return RowResults(*(zeros.clone() for _ in RowResults._fields)), Gradients(query, key, temperature, bias)
 
 
 def _contrastive_fake(
@@ -645,13 +648,28 @@ def _contrastive_fake(
 ) -> tuple[Tensor, ...]:
     dtype, ahead = accumulation_dtype(query.dtype), reduction != "none"
     p, n = query.shape[0], query.shape[1] * (2 if pairing == "views" else 1)
-    shapes = (query.shape, () if key is None else key.shape, (p,), (p,))
+    m = n if key is None or pairing == "views" else key.shape[1]
+    slopes = ahead and any(wanted[:2]) and _keeps_slopes(query, p, n, m, backend)
+    for_backward = (
+        (query.shape, wanted[0] and ahead and not slopes),
+        (() if key is None else key.shape, wanted[1] and ahead and not slopes),
+        ((p,), wanted[2] and ahead),
+        ((p,), wanted[3] and ahead),
+        ((p, n, m), slopes),
+        ((p, 0 if not normalize else n if Pairing(pairing).self_contrast else n + m), slopes),
+    )
     return (
         query.new_empty((p,) if ahead else (p, n), dtype=dtype),
         query.new_empty((3, p) if return_stats else 0, dtype=dtype),
         query.new_empty(p, dtype=dtype),
-        *(query.new_empty(s if want and ahead else 0, dtype=dtype) for s, want in zip(shapes, wanted, strict=True)),
+        *(query.new_empty(shape if there else 0, dtype=dtype) for shape, there in for_backward),
     )
+
+
+def _keeps_slopes(query: Tensor, p: int, n: int, m: int, backend: str) -> bool:
+    """Whether the forward pass leaves the gradients of the features to the backward pass."""
+    chosen = _dispatch.choose(backend, query.device, "")
+    return chosen == "native" and 0 not in (p, n, m) and native.keeps_slopes(query.device, query.dtype, p, n, m)
 
 
 def _scale_kernel(
@@ -659,18 +677,33 @@ def _scale_kernel(
     key_gradient: Tensor,
     temperature_gradient: Tensor,
     bias_gradient: Tensor,
+    slopes: Tensor,
+    along: Tensor,
     scale: Tensor,
-    dtype: torch.dtype,
+    query: Tensor,
+    key: Tensor | None,
+    pairing: str,
+    query_wanted: bool,
+    key_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients that the forward pass formed, times what arrived for each problem (`scale` [P]), in `dtype`."""
-
-    def features(gradient: Tensor) -> Tensor:  # [P, rows, D], or [0] where it was not formed
-        return (gradient * scale.view(-1, 1, 1) if gradient.numel() else gradient.clone()).to(dtype)
+    """The gradients that the forward pass prepared, times what arrived for each problem (`scale` [P])."""
+    per_problem = scale.view(-1, 1, 1)
+    features: tuple[Tensor | None, Tensor | None]
+    if slopes.numel():
+        scaled = Slopes(slopes * per_problem, along * per_problem[..., 0])
+        alone = Pairing(pairing).self_contrast
+        features = native.gradients_from_slopes(query, key, scaled, alone, (query_wanted, key_wanted))
+    else:
+        features = (
+            query_gradient * per_problem if query_wanted else None,
+            key_gradient * per_problem if key_wanted else None,
+        )
 
     def scalar(gradient: Tensor) -> Tensor:  # [P] to [], or [0]
         return (gradient * scale).sum() if gradient.numel() else gradient.clone()
 
-    return features(query_gradient), features(key_gradient), scalar(temperature_gradient), scalar(bias_gradient)
+    query_result, key_result = (query.new_empty(0) if g is None else g.to(query.dtype) for g in features)
+    return query_result, key_result, scalar(temperature_gradient), scalar(bias_gradient)
 
 
 def _scale_fake(
@@ -678,12 +711,18 @@ def _scale_fake(
     key_gradient: Tensor,
     temperature_gradient: Tensor,
     bias_gradient: Tensor,
+    slopes: Tensor,
+    along: Tensor,
     scale: Tensor,
-    dtype: torch.dtype,
+    query: Tensor,
+    key: Tensor | None,
+    pairing: str,
+    query_wanted: bool,
+    key_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(query_gradient, dtype=dtype),
-        torch.empty_like(key_gradient, dtype=dtype),
+        query.new_empty(query.shape if query_wanted else 0),
+        query.new_empty(() if key is None else key.shape) if key_wanted else query.new_empty(0),
         scale.new_empty(() if temperature_gradient.numel() else 0),
         scale.new_empty(() if bias_gradient.numel() else 0),
     )
@@ -768,9 +807,9 @@ class _Contrastive(torch.autograd.Function):
             return (None,) * 4 + nothing
         tensors = ctx.saved_tensors  # once: a checkpointed graph recomputes them at this
         inputs, scale, saved = tensors[:7], tensors[7], tensors[8:]
-        query, _, temperature, bias, *_, weights = inputs
+        query, key, temperature, bias, *_, weights = inputs
         if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
-            gradients = _scale(*saved, loss_gradient / scale, query.dtype)
+            gradients = _scale(*saved, loss_gradient / scale, query, key, ctx.options[1], *wanted[:2])
         else:
             row_gradient = loss_gradient
             if ctx.reduction != "none":

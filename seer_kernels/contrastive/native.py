@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seer_kernels.contrastive.problem import SAME_LABEL, Gradients, Problem, RowResults, Wanted, row_weights
+from seer_kernels.contrastive.problem import (
+    SAME_LABEL,
+    Gradients,
+    Problem,
+    RowResults,
+    Slopes,
+    Wanted,
+    accumulation_dtype,
+    row_weights,
+)
 
 try:
     from seer_kernels import _native
@@ -58,11 +67,64 @@ def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
 
 def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradients:
     """Gradients of `sum_i row_gradient_i loss_i`."""
-    return _evaluate(problem, row_gradient, wanted)[1]
+    gradients = _evaluate(problem, row_gradient, wanted)[1]
+    if gradients.slopes is None:
+        return gradients
+    alone = problem.pairing.self_contrast
+    query, key = gradients_from_slopes(problem.query, problem.key, gradients.slopes, alone, wanted[:2])
+    return gradients._replace(query=query, key=key, slopes=None)
+
+
+def keeps_slopes(device: torch.device, dtype: torch.dtype, P: int, N: int, M: int) -> bool:
+    """Whether `forward` returns slopes: of small problems they take less memory than the gradients of the features."""
+    small = 0 < max(N, M) <= CACHED_ROWS and P * N * M * accumulation_dtype(dtype).itemsize <= BLOCK_BYTES
+    return small and device.type == "cpu"
+
+
+def gradients_from_slopes(
+    query: Tensor, key: Tensor | None, slopes: Slopes, self_contrast: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of queries and keys in the accumulation dtype, None where not `wanted`."""
+    sets = [x.to(slopes.slopes.dtype).contiguous() for x in (query, key) if x is not None]
+    if not self_contrast:
+        query_gradient, key_gradient = (torch.empty_like(x) if w else None for x, w in zip(sets, wanted, strict=True))
+        _combine(sets[0], sets[1], slopes, query_gradient, key_gradient)
+        return query_gradient, key_gradient
+    # The slopes hold both triangles, so what rows gain as queries is all there is to gain.
+    whole = sets[0] if key is None else torch.cat(sets, 1)
+    gradient = torch.empty_like(whole)
+    _combine(whole, whole, slopes, gradient, None)
+    if key is None:
+        return gradient, None
+    half = query.shape[1]
+    return gradient[:, :half].contiguous(), gradient[:, half:].contiguous()
+
+
+def _combine(
+    query: Tensor, key: Tensor, slopes: Slopes, query_gradient: Tensor | None, key_gradient: Tensor | None
+) -> None:
+    _launch(
+        "feature_gradients",
+        query,
+        _features(query, key),
+        slopes=slopes.slopes.data_ptr(),
+        along=slopes.along.data_ptr() if slopes.along.numel() else 0,
+        along_stride=slopes.along.shape[1],
+        query_gradient=_address(query_gradient),
+        key_gradient=_address(key_gradient),
+    )
+
+
+def _features(query: Tensor, key: Tensor) -> Any:
+    """Features of the kernels, from contiguous [P, N, D] and [P, M, D]."""
+    P, N, D = query.shape
+    sizes = {"P": P, "N": N, "M": key.shape[1], "D": D}
+    return getattr(_native, f"Features_{_suffix(query.dtype)}")(**sizes, query=query.data_ptr(), key=key.data_ptr())
 
 
 def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    sweep = (_CachedSweep if _stays_cached(problem) else _Sweep)(problem, wanted)
+    small = keeps_slopes(problem.query.device, problem.dtype, *problem.sizes[:3])
+    sweep = (_CachedSweep if small else _Sweep)(problem, wanted)
     if problem.pairing.self_contrast or problem.form == "symmetric":
         return _two_sweeps(sweep, row_gradient)
     return _one_sweep(sweep, row_gradient)
@@ -79,17 +141,14 @@ class _Block(NamedTuple):
 class _Sweep:
     """The operands of a problem, its blocks, and the matrix products over a block."""
 
-    start = staticmethod(torch.zeros)  # of the gradients, to which every block adds
+    slopes: Slopes | None = None
 
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         self.problem, self.wanted, self.dtype = problem, wanted, problem.dtype
         self.P, self.N, self.M, self.D = problem.sizes
         self.device = problem.query.device
         sets = [x for x in (problem.query, problem.key) if x is not None]
-        self.gradients = [
-            self.start(x.shape, dtype=self.dtype, device=self.device) if want else None
-            for x, want in zip(sets, wanted[:2], strict=False)
-        ]
+        self.gradients = [self.no_gradient(x) if want else None for x, want in zip(sets, wanted[:2], strict=False)]
         self.inverse_norms = [_inverse_norms(x, self.dtype) for x in sets] if problem.normalize else []
         if problem.pairing.self_contrast:
             self.query_sets = self.key_sets = list(range(len(sets)))
@@ -122,9 +181,13 @@ class _Sweep:
         # A number: filling it in needs no synchronisation, a copy would.
         return torch.full((), scalar.item(), dtype=self.dtype, device=self.device)
 
+    def no_gradient(self, features: Tensor) -> Tensor | None:
+        """Zeros, which cost nothing until they are touched: every product is added."""
+        return torch.zeros(features.shape, dtype=self.dtype, device=self.device)
+
     @property
     def wants_features(self) -> bool:
-        return any(g is not None for g in self.gradients)
+        return any(self.wanted[:2])
 
     def blocks(self, rows: int) -> Iterator[_Block]:
         """Blocks of at most `rows` queries: several whole problems, or a part of one (and of one set)."""
@@ -182,74 +245,46 @@ class _Sweep:
                 if key_gradient is not None:
                     _multiply(key_gradient[block.problems, key_rows], slopes_beyond[:, r, c].mT, queries, add=True)
 
-    def project(self) -> None:
-        """Takes the gradients through the normalisation."""
+    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
+        """The gradients with respect to the features themselves, and to the scalars."""
         for which, gradient in enumerate(self.gradients):
             if gradient is not None and self.problem.normalize:
                 _project(gradient, self.sets[which], self.inverse_norms[which])
-
-    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
-        """The gradients with respect to the features themselves, and to the scalars."""
-        self.project()
         query, key = (*self.gradients, None)[:2]
         return Gradients(
             query,
             key,
             temperature if self.wanted.temperature else None,
             bias if self.wanted.bias else None,
+            self.slopes,
         )
-
-
-def _stays_cached(problem: Problem) -> bool:
-    P, N, M, _ = problem.sizes
-    small = max(N, M) <= CACHED_ROWS and P * N * M * problem.dtype.itemsize <= BLOCK_BYTES
-    return small and problem.query.device.type == "cpu"
 
 
 class _CachedSweep(_Sweep):
-    """All problems as one block, multiplied by our own kernels, which also project the gradients."""
+    """All problems as one block, multiplied by our own kernels, up to the slopes."""
 
-    start = staticmethod(torch.empty)
-
-    def __init__(self, problem: Problem, wanted: Wanted) -> None:
-        super().__init__(problem, wanted)
-        alone = problem.pairing.self_contrast
-        whole = [torch.cat(self.sets, 1)] if alone and len(self.sets) == 2 else self.sets
-        self.whole = [x.to(self.dtype).contiguous() for x in whole]  # queries and keys, or both in one
-        self.features = getattr(_native, f"Features_{_suffix(self.dtype)}")(
-            P=self.P, N=self.N, M=self.M, D=self.D, query=_address(self.whole[0]), key=_address(self.whole[-1])
-        )
+    def no_gradient(self, features: Tensor) -> Tensor | None:
+        return None
 
     def blocks(self, rows: int) -> Iterator[_Block]:
         yield _Block(slice(0, self.P), slice(0, self.N), 0)
 
     def multiply(self, block: _Block, products: Tensor) -> None:
-        _launch("pair_products", products, self.features, products=products.data_ptr())
-        self.products = products.clone() if self.wants_features and self.problem.normalize else None
+        problem = self.problem
+        sets = [x.to(self.dtype).contiguous() for x in self.sets]
+        if problem.pairing.self_contrast:
+            sets = [sets[0] if problem.key is None else torch.cat(sets, 1)] * 2
+        _launch("pair_products", products, _features(*sets), products=products.data_ptr())
+        if problem.normalize and self.wants_features:
+            self.products = products.clone()
 
     def accumulate(self, block: _Block, slopes: Tensor) -> None:
-        targets = self.gradients
-        if self.problem.pairing.self_contrast:  # slopes hold both triangles: what rows gain is all there is to gain
-            targets = [torch.empty_like(self.whole[0]), None]
-        _launch(
-            "feature_gradients",
-            slopes,
-            self.features,
-            products=_address(self.products),
-            slopes=slopes.data_ptr(),
-            query_inverse_norms=_address(self.scales[0]),
-            key_inverse_norms=_address(self.scales[1]),
-            query_gradient=_address(targets[0]),
-            key_gradient=_address(targets[1]),
-        )
-        if targets[0] is not None and targets is not self.gradients:
-            parts = torch.split(targets[0], [x.shape[1] for x in self.sets], 1)
-            for gradient, part in zip(self.gradients, parts, strict=True):
-                if gradient is not None:
-                    gradient.copy_(part)
-
-    def project(self) -> None:
-        pass
+        along = slopes.new_empty(self.P, 0)
+        if self.problem.normalize:
+            norms = [torch.cat(self.inverse_norms, 1)] if self.problem.pairing.self_contrast else self.inverse_norms
+            weighted = slopes * self.products
+            along = torch.cat([weighted.sum(-1 - side) * x.square() for side, x in enumerate(norms)], 1)
+        self.slopes = Slopes(slopes, along)
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:

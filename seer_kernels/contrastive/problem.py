@@ -101,6 +101,15 @@ class Wanted(NamedTuple):
     bias: bool
 
 
+class Slopes(NamedTuple):
+    """What the gradients of queries and keys follow from by one matrix product each, in the accumulation dtype."""
+
+    slopes: Tensor
+    """d total / d (query . key): [P, N, M]; from both sides where the keys are the queries."""
+    along: Tensor
+    """Multiple of each row's own features to be taken off: [P, N + M], or [P, N] where the keys are the queries."""
+
+
 class Gradients(NamedTuple):
     """Gradients of `sum_i row_gradient_i * loss_i` in the accumulation dtype; None where not asked for."""
 
@@ -108,6 +117,8 @@ class Gradients(NamedTuple):
     key: Tensor | None  # like Problem.key
     temperature: Tensor | None  # [P]
     bias: Tensor | None  # [P]
+    slopes: Slopes | None = None
+    """Instead of the gradients of queries and keys, where forming them is better left to the backward pass."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -68,9 +68,17 @@ def test_opcheck(backend: str, reduction: str, form: str, pairing: str, labelled
     )
 
 
-def test_opcheck_of_the_scaling() -> None:
-    gradients = (torch.randn(2, 5, 8), torch.empty(0), torch.randn(2), torch.empty(0))
-    torch.library.opcheck(torch.ops.seer_kernels.contrastive_scale.default, (*gradients, torch.rand(2), torch.bfloat16))
+@pytest.mark.parametrize("pairing", ["rows", "views"])
+@pytest.mark.parametrize("from_slopes", [False, True])
+def test_opcheck_of_the_scaling(from_slopes: bool, pairing: str) -> None:
+    query, key = torch.randn(2, 2, 5, 8, dtype=torch.bfloat16)
+    rows = 5 if pairing == "rows" else 10
+    nothing, temperature, scale = torch.empty(0), torch.randn(2), torch.rand(2)
+    prepared = (torch.randn(2, 5, 8), torch.randn(2, 5, 8), temperature, nothing, nothing, nothing)
+    if from_slopes:
+        prepared = (nothing, nothing, temperature, nothing, torch.randn(2, rows, rows), torch.randn(2, 10))
+    operator = torch.ops.seer_kernels.contrastive_scale.default
+    torch.library.opcheck(operator, (*prepared, scale, query, key, pairing, True, True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
