@@ -9,21 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
+import command
 import harness
 import torch
 import torch.nn.functional as F
+from command import DTYPES, Benchmark
 from harness import Case, Check, Figure, Measurement, Outputs, Provider
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from seer_kernels import backends, info_nce
 
 TEMPERATURE = 0.1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-PACKAGES = ("seer-kernels", "pytorch-metric-learning")
 
 BROADCAST_LIMIT = 1 << 30
 """Largest N x N x D tensor, in bytes, for which the paper's formula is run: it holds six of them."""
@@ -281,132 +278,32 @@ def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
     ]
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = "\n".join(f"  {p.name:<10}{p.label}" for p in make_providers().values())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"""\
-providers
-{names}
-
-what is measured
-  time      forward and backward of the mean loss with respect to queries and keys: median and quartiles of calls in
-            which the providers take turns
-  memory    most bytes alive at one time that the call took from torch's allocator, minus the gradients it returns
-  check     loss and gradients against the reference in fp64, tolerance from the error that idiomatic torch makes in the
-            same dtype; a provider that fails is not timed, and the exit code is 1
-  figures   the numbers this package is held to, as met, missed or not measured; they do not change the exit code
-
-examples
+BENCHMARK = Benchmark(
+    name="bench_loss",
+    title="One-sided InfoNCE",
+    description=__doc__,
+    examples="""\
   python benchmarks/bench_loss.py                                the full table, under two minutes on two cores
   python benchmarks/bench_loss.py --quick                        small sizes, some seconds
   python benchmarks/bench_loss.py --sizes 512x4096 3x64x2048     other sizes
   python benchmarks/bench_loss.py --providers native floor       only these
-  OMP_NUM_THREADS=1 python benchmarks/bench_loss.py              one thread
-
-The complete fp32 run writes bench_loss.csv, .json and .png. Other runs add what they chose to the names
-(bench_loss-quick.csv, bench_loss-bfloat16-partial.csv), so that they never replace it. See benchmarks/README.md.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds")
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        type=Size.parse,
-        metavar="SIZE",
-        help="NxD or PxNxD: P independent problems (default 1) of N pairs with D features",
-    )
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        choices=list(make_providers()),
-        metavar="NAME",
-        help=f"who is measured, of: {', '.join(make_providers())} (default: all)",
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: float32)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where tensors live and providers run (default: cpu)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=harness.RESULTS,
-        metavar="FOLDER",
-        help="where result files go (default: benchmarks/results)",
-    )
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no usable CUDA device")
-    return options
-
-
-def run(options: argparse.Namespace, providers: Sequence[Provider], status: Console) -> list[Measurement]:
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    sizes = options.sizes or (SIZES_QUICK if options.quick else SIZES)
-    measurements = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=status, transient=True) as progress:
-        task = progress.add_task("", total=len(sizes))
-        for size in dict.fromkeys(sizes):
-            case = make_case(size, dtype, device)
-
-            def report(message: str, case: Case = case) -> None:
-                progress.update(task, description=f"{case.name}: {message}")
-
-            report("making inputs")
-            count = harness.input_sets(2 * size.P * size.N * size.D * dtype.itemsize, device)
-            inputs = [make_pairs(size, dtype, device, seed) for seed in range(count)]
-            budget = harness.BUDGET / 4 if options.quick else harness.BUDGET
-            results = harness.measure(case, providers, inputs, device, budget=budget, report=report)
-            truth.cache_clear()  # it holds the inputs
-            measurements += results
-            progress.advance(task)
-            progress.console.print(f"{case.name}: done, {count} input sets", highlight=False)
-    return measurements
+  OMP_NUM_THREADS=1 python benchmarks/bench_loss.py              one thread""",
+    sizes=SIZES,
+    sizes_quick=SIZES_QUICK,
+    parse_size=Size.parse,
+    size_help="NxD or PxNxD: P independent problems (default 1) of N pairs with D features",
+    make_case=make_case,
+    make_inputs=make_pairs,
+    input_bytes=lambda size, dtype: 2 * size.P * size.N * size.D * dtype.itemsize,
+    make_providers=lambda quick: make_providers(BROADCAST_LIMIT_QUICK if quick else BROADCAST_LIMIT),
+    make_figures=make_figures,
+    forget=truth.cache_clear,
+    measured="forward and backward of the mean loss with respect to queries and keys",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    console, status = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 140
-    everyone = make_providers(BROADCAST_LIMIT_QUICK if options.quick else BROADCAST_LIMIT)
-    providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
-    environment = harness.environment(torch.device(options.device), PACKAGES)
-    measurements = run(options, providers, status)
-
-    title = f"One-sided InfoNCE, {options.dtype}, forward and backward"
-    caption = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"Python {environment['python']}, {environment['date']}"
-    )
-    console.print(harness.results_table(title, measurements, floor="floor", ours="native"))
-    console.print(f"[dim]{caption}[/dim]", highlight=False)
-    for provider in providers:
-        console.print(f"[bold]{provider.label}[/bold]: {provider.note}", highlight=False)
-    busy = max((m.busy_elsewhere or 0 for m in measurements), default=0)
-    if busy > 0.05:
-        console.print(f"[yellow]Other processes used up to {busy:.0%} of the CPUs meanwhile: times are noisy.[/yellow]")
-    figures = make_figures(measurements)
-    console.print()
-    console.print(harness.figures_table(figures))
-
-    partial_run = options.sizes is not None or options.providers is not None
-    parts = [options.quick and "quick", options.device == "cuda" and "cuda", partial_run and "partial"]
-    parts.insert(1, options.dtype != "float32" and options.dtype)
-    stem = options.out / "-".join(["bench_loss", *(p for p in parts if p)])
-    options.out.mkdir(parents=True, exist_ok=True)
-    harness.write_csv(
-        stem.with_suffix(".csv"), harness.rows("loss", measurements, environment, list(everyone.values()))
-    )
-    harness.write_figures(stem.with_suffix(".json"), figures, environment)
-    harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor="floor")
-    console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)
-
-    failed = [m for m in measurements if m.status == "failed"]
-    for m in failed:
-        status.print(f"[bold red]failed[/bold red] {m.provider.name} on {m.case.name}: {m.reason}", highlight=False)
-    return 1 if failed else 0
+    return command.main(BENCHMARK, arguments)
 
 
 if __name__ == "__main__":
