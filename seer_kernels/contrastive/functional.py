@@ -21,7 +21,6 @@ from seer_kernels.contrastive.problem import (
     row_weights,
 )
 
-_BACKENDS = {"reference": reference, "native": native}
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -121,7 +120,7 @@ def info_nce(
         reduction: `"mean"` over rows that have a positive, by weight (0 if there are none), `"sum"` of weight x loss,
             or `"none"` for weight x loss per row.
         return_stats: also return ContrastiveStatistics from the same pass.
-        backend: `"auto"`, `"reference"` or `"native"`; see `seer_kernels.backends()`.
+        backend: `"auto"`, `"reference"`, `"native"` or `"triton"`; see `seer_kernels.backends()`.
         validate: also check values that need a pass over the data (or, on a GPU, a synchronisation): finite features,
             and for tensors on a GPU the ranges of labels, weights and temperature, which are always checked on the CPU.
 
@@ -543,6 +542,16 @@ def _check_values(
             _checks.check_finite("key", key)
 
 
+def _backend(requested: str, query: Tensor) -> Any:
+    """The module to run, by the caller's choice of backend."""
+    chosen = _dispatch.choose(requested, query.device, query.dtype)
+    if chosen == "triton":
+        from seer_kernels.contrastive import triton_kernels  # takes long to import, and exists on Linux only
+
+        return triton_kernels
+    return {"reference": reference, "native": native}[chosen]
+
+
 def _contrastive_kernel(
     query: Tensor,
     key: Tensor | None,
@@ -580,7 +589,7 @@ def _contrastive_kernel(
         rows, gradients = _no_pairs(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            rows, gradients = _BACKENDS[_dispatch.choose(backend, query.device)].forward(problem, wanted)
+            rows, gradients = _backend(backend, query).forward(problem, wanted)
 
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
@@ -712,8 +721,7 @@ def _recompute_kernel(
         gradients = _no_pairs(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
-            chosen = _BACKENDS[_dispatch.choose(backend, query.device)]
-            gradients = chosen.backward(problem, row_gradient.contiguous(), wanted)
+            gradients = _backend(backend, query).backward(problem, row_gradient.contiguous(), wanted)
     return (
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),

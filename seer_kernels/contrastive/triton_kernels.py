@@ -1,0 +1,992 @@
+"""Triton kernels: products of tiles whose epilogue is the loss, so that no N x M matrix is ever in memory.
+
+Every loss takes the same steps. `_statistics` multiplies tiles of queries and keys and boils each anchor's row down to
+nine numbers, a few parts per anchor; where keys are anchors too it does the same to the columns of the same tiles.
+`_settle` merges the parts into losses, statistics and the three numbers that an anchor's gradient needs. Then the
+gradient:
+
+- Narrow features (a row within NARROW_BYTES): `_gradient` forms the gradient of one side tile by tile, on the chip. It
+  serves both sides, with the roles of queries and keys exchanged.
+- Wide features, for which a tile of the gradient does not fit on the chip: `_slopes` writes a block of d total / d
+  product to memory, and `_accumulate` multiplies it with the features of the other side. Where the logits of the block
+  could be kept from the first step there are three products in all, else four.
+
+Deterministic: every number is written by one program, and sums run in a fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seer_kernels.contrastive.problem import SAME_LABEL, Gradients, Problem, RowResults, Wanted, row_weights
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether the kernels run in Triton's interpreter, on CPU tensors: Triton decides it when they are defined."""
+
+NARROW_BYTES = 512
+"""Features of a row up to which gradients are formed on the chip: D = 256 in half precision, 128 in fp32."""
+
+KEPT_ENTRIES = 1 << 24
+"""Logits that may be kept for the gradient: 64 MiB, and 32 MiB more for slopes in half precision."""
+
+KEPT_ROWS = 768
+"""If fewer rows of a one-sided loss fit, adding to the keys' gradient so often costs more than a fourth product."""
+
+BLOCK_SIDE = 4096
+"""Rows and keys of a block of slopes where logits are not kept: 32 MiB in half precision."""
+
+COLUMN_BYTES = 32 << 20
+"""Statistics of columns that wait to be merged."""
+
+MAX_PARTS = 16
+"""Parts of a row that different programs see. Programs that run at the same time are then a patch of the matrix about
+as high as wide (132 on an H100: 8 blocks of rows, 16 parts), which share their features through the L2 cache."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_ABSENT = tl.constexpr(-1e30)  # a maximum over nothing: finite, so that 0 * _ABSENT is 0
+
+PLANES = 9
+"""What `_statistics` keeps of an anchor for each part of its row: the fields of Anchors (but see `_seen_with`)."""
+
+OUTCOMES = 11
+"""What `_settle` writes of an anchor: the fields of RowResults; sum_j (d total / d logit_ij) logit_ij and, for
+sigmoids, sum_j (d total / d logit_ij); the fields of Slopes."""
+
+
+@triton.jit
+def _load_features(features, rows, d, D, EVEN: tl.constexpr):
+    """Features d of some rows, zeros beyond D: [rows, d]."""
+    at = features + rows.to(tl.int64)[:, None] * D + d[None, :]
+    return tl.load(at) if EVEN else tl.load(at, mask=d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b. The interpreter would multiply the bits of bf16; widened, they give the same exact products."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(
+    x, y, i, j, D, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows i of x times rows j of y: [i, j] in fp32."""
+    product = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        left = _load_features(x, i, d, D, EVEN)
+        right = _load_features(y, j, d, D, EVEN)
+        product = _dot(left, tl.trans(right), product, PRECISION)
+    return product
+
+
+@triton.jit
+def _tile_of(program, rows, columns, GROUP: tl.constexpr):
+    """Row and column of a tile; programs that follow each other share rows and columns through the L2 cache."""
+    group = program // (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    within = program % (GROUP * columns)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def _side(index, count, scale, labels, weights, N, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Of the rows `index` of one side: whether they exist, their scale, their label."""
+    inside = index < count
+    exists = inside
+    if WEIGHTED:
+        exists = inside & (tl.load(weights + index, mask=index < N, other=1.0) > 0)
+    factor = inside.to(tl.float32)
+    if scale is not None:
+        factor = tl.load(scale + index, mask=inside, other=0.0)
+    label = index
+    if RULE != 0:
+        label = tl.load(labels + index, mask=inside, other=0)
+    return exists, factor, label
+
+
+@triton.jit
+def _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE: tl.constexpr, SELF: tl.constexpr):
+    """The pair rule, the same from either side: masks [i, j] of the positives and of the negatives."""
+    own = tl.abs(i[:, None] - j[None, :]) == own_shift
+    exists = x_exists[:, None] & y_exists[None, :]
+    if SELF:
+        exists = exists & (i[:, None] != j[None, :])
+    positive = exists & own
+    negative = exists & (own == 0)
+    if RULE != 0:
+        same = x_label[:, None] == y_label[None, :]
+        if RULE == 2:
+            positive = exists & (own | same)
+        negative = negative & (same == 0)
+    return positive, negative
+
+
+@triton.jit
+def _sigmoid_pair(logit, positive):
+    """log(1 + e^-margin) and its derivative with respect to the logit; margin = logit for positives, else -logit."""
+    margin = tl.where(positive, logit, -logit)
+    e = tl.exp(-tl.abs(margin))
+    # log(1 + e) = 2 artanh(s), by its series: the logarithm itself would lose small e.
+    s = e / (e + 2.0)
+    t = s * s
+    series = 1.0 / 13 + t * (1.0 / 15)
+    series = 1.0 / 11 + t * series
+    series = 1.0 / 9 + t * series
+    series = 1.0 / 7 + t * series
+    series = 1.0 / 5 + t * series
+    series = 1.0 / 3 + t * series
+    loss = 2.0 * s * (1.0 + t * series) + tl.maximum(-margin, 0.0)
+    miss = tl.where(margin < 0, 1.0, e) / (1.0 + e)
+    return loss, tl.where(positive, -miss, miss)
+
+
+@triton.jit
+def _seen_with(
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
+    logit, positive, negative, bias, AXIS: tl.constexpr,
+):  # fmt: skip
+    """What is known of anchors, with the pairs of a tile added over AXIS.
+
+    For a softmax: the top logit, sum e^(logit - top), and sum e^(logit - top) (logit - top). For sigmoids in their
+    place: the sums of d loss / d logit, of the losses, and of (d loss / d logit) logit. Then sums and counts of the
+    positives and of the negatives, and the best of either.
+    """
+    best_positive = tl.maximum(best_positive, tl.max(tl.where(positive, logit, _ABSENT), AXIS))
+    best_negative = tl.maximum(best_negative, tl.max(tl.where(negative, logit, _ABSENT), AXIS))
+    if bias is not None:
+        loss, slope = _sigmoid_pair(logit + tl.load(bias), positive)
+        slope = tl.where(positive | negative, slope, 0.0)
+        top += tl.sum(slope, AXIS)
+        total += tl.sum(tl.where(positive | negative, loss, 0.0), AXIS)
+        below += tl.sum(slope * logit, AXIS)
+    else:
+        reference = tl.maximum(best_positive, best_negative)
+        shift = top - reference
+        factor = tl.exp(shift)
+        distance = tl.where(positive | negative, logit - tl.expand_dims(reference, AXIS), _ABSENT)
+        e = tl.exp(distance)
+        below = factor * (below + total * shift) + tl.sum(e * distance, AXIS)
+        total = factor * total + tl.sum(e, AXIS)
+        top = reference
+    positive_sum += tl.sum(tl.where(positive, logit, 0.0), AXIS)
+    positives += tl.sum(positive.to(tl.float32), AXIS)
+    negative_sum += tl.sum(tl.where(negative, logit, 0.0), AXIS)
+    negatives += tl.sum(negative.to(tl.float32), AXIS)
+    return top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative
+
+
+@triton.jit
+def _unseen(COUNT: tl.constexpr, SIGMOID: tl.constexpr):
+    """What is known of COUNT anchors before any pair was seen."""
+    zero = tl.zeros((COUNT,), tl.float32)
+    absent = zero + _ABSENT
+    top = absent
+    if SIGMOID:
+        top = zero
+    return top, zero, zero, zero, zero, zero, zero, absent, absent
+
+
+@triton.jit
+def _store_planes(
+    at, plane, mask,
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
+):  # fmt: skip
+    tl.store(at, top, mask=mask)
+    tl.store(at + plane, total, mask=mask)
+    tl.store(at + 2 * plane, below, mask=mask)
+    tl.store(at + 3 * plane, positive_sum, mask=mask)
+    tl.store(at + 4 * plane, positives, mask=mask)
+    tl.store(at + 5 * plane, negative_sum, mask=mask)
+    tl.store(at + 6 * plane, negatives, mask=mask)
+    tl.store(at + 7 * plane, best_positive, mask=mask)
+    tl.store(at + 8 * plane, best_negative, mask=mask)
+
+
+@triton.jit
+def _merged(parts, count, plane, index, inside, COUNT: tl.constexpr, SIGMOID: tl.constexpr):
+    """What `count` parts, each of 9 planes, know together of the anchors at `index`."""
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _unseen(
+        COUNT, SIGMOID
+    )
+    for part in range(count):
+        at = parts + part * 9 * plane + index
+        part_top = tl.load(at, mask=inside, other=0.0)
+        part_total = tl.load(at + plane, mask=inside, other=0.0)
+        part_below = tl.load(at + 2 * plane, mask=inside, other=0.0)
+        if SIGMOID:
+            top += part_top
+            total += part_total
+            below += part_below
+        else:
+            both = tl.maximum(top, part_top)
+            shift = top - both
+            part_shift = part_top - both
+            factor = tl.exp(shift)
+            part_factor = tl.exp(part_shift)
+            below = factor * (below + total * shift) + part_factor * (part_below + part_total * part_shift)
+            total = factor * total + part_factor * part_total
+            top = both
+        positive_sum += tl.load(at + 3 * plane, mask=inside, other=0.0)
+        positives += tl.load(at + 4 * plane, mask=inside, other=0.0)
+        negative_sum += tl.load(at + 5 * plane, mask=inside, other=0.0)
+        negatives += tl.load(at + 6 * plane, mask=inside, other=0.0)
+        best_positive = tl.maximum(best_positive, tl.load(at + 7 * plane, mask=inside, other=_ABSENT))
+        best_negative = tl.maximum(best_negative, tl.load(at + 8 * plane, mask=inside, other=_ABSENT))
+    return top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative
+
+
+@triton.jit
+def _share(logit, positive, normalizer, target, slope):
+    """d total / d logit, as far as it comes from the softmax of one side's anchors."""
+    return tl.exp(logit - normalizer) * slope - tl.where(positive, target * slope, 0.0)
+
+
+@triton.jit
+def _slope(logit, positive, negative, i, j, x_anchors, y_anchors, plane, N, bias):
+    """d total / d logit [i, j], from what is known of each side's anchors (`Slopes`, [3, P, N]), None if it has none."""
+    slope = tl.zeros_like(logit)
+    if bias is not None:
+        slope = _sigmoid_pair(logit + tl.load(bias), positive)[1]
+        if x_anchors is not None:
+            slope = slope * tl.load(x_anchors + 2 * plane + i, mask=i < N, other=0.0)[:, None]
+        if y_anchors is not None:
+            slope = slope * tl.load(y_anchors + 2 * plane + j, mask=j < N, other=0.0)[None, :]
+    else:
+        if x_anchors is not None:
+            slope += _share(
+                logit,
+                positive,
+                tl.load(x_anchors + i, mask=i < N, other=-_ABSENT)[:, None],
+                tl.load(x_anchors + plane + i, mask=i < N, other=0.0)[:, None],
+                tl.load(x_anchors + 2 * plane + i, mask=i < N, other=0.0)[:, None],
+            )
+        if y_anchors is not None:
+            slope += _share(
+                logit,
+                positive,
+                tl.load(y_anchors + j, mask=j < N, other=-_ABSENT)[None, :],
+                tl.load(y_anchors + plane + j, mask=j < N, other=0.0)[None, :],
+                tl.load(y_anchors + 2 * plane + j, mask=j < N, other=0.0)[None, :],
+            )
+    return tl.where(positive | negative, slope, 0.0)
+
+
+@triton.jit
+def _inverse_norms(x, inverse_norms, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """1 / |x| of each row, 0 for a row of zeros."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (i < rows)[:, None] & (d < D)[None, :]
+        value = tl.load(x + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares += value * value
+    norm = tl.sqrt(tl.sum(squares, 1))
+    tl.store(inverse_norms + i, tl.where(norm == 0, 0.0, 1.0 / norm), mask=i < rows)
+
+
+@triton.jit
+def _project(gradient, x, inverse_norms, unit, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Divides the gradient by `unit` and removes from each row its component along the row of x, in place."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = 1.0
+    if unit is not None:
+        factor = 1.0 / tl.load(unit)
+    along = tl.zeros((BLOCK,), tl.float32)
+    if inverse_norms is not None:
+        dots = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = (i < rows)[:, None] & (d < D)[None, :]
+            at = i[:, None] * D + d[None, :]
+            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            dots += tl.load(gradient + at, mask=inside, other=0.0) * value
+        inverse_norm = tl.load(inverse_norms + i, mask=i < rows, other=0.0)
+        along = tl.sum(dots, 1) * inverse_norm * inverse_norm
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (i < rows)[:, None] & (d < D)[None, :]
+        at = i[:, None] * D + d[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        here = tl.load(gradient + at, mask=inside, other=0.0)
+        tl.store(gradient + at, (here - along[:, None] * value) * factor, mask=inside)
+
+
+@triton.jit
+def _statistics(
+    x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
+    row_parts, column_parts, logits,
+    P, N, X, Y, D, own_shift, first_problem, first_row, row_count, part_count, part_keys, bucket,
+    RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Queries x as anchors over parts of the keys y, into row_parts [part_count, 9, P, N].
+
+    With column_parts [blocks of rows, 9, P, N] the first N keys are anchors over a block of rows as well. With logits
+    [problem_count, row_count, Y] those are written down.
+    """
+    program = tl.program_id(0)
+    part = program % part_count
+    row_blocks = tl.cdiv(row_count, BLOCK_X)
+    block = program // part_count % row_blocks
+    local_p = (program // part_count // row_blocks).to(tl.int64)
+    p = first_problem + local_p
+
+    x += p * X * D
+    y += p * Y * D
+    if x_scale is not None:
+        x_scale += p * X
+        y_scale += p * Y
+    if RULE != 0:
+        x_labels += p * X
+        y_labels += p * Y
+    if weights is not None:
+        weights += p * N
+
+    local_i = block * BLOCK_X + tl.arange(0, BLOCK_X)
+    i = first_row + local_i
+    end = first_row + row_count
+    x_exists, x_factor, x_label = _side(i, end, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
+    x_factor = x_factor / tl.load(temperature)
+    i_read = tl.minimum(i, end - 1)
+    if WHOLE:
+        left = _load_features(x, i_read, tl.arange(0, BLOCK_D), D, EVEN)
+
+    plane = tl.cast(P, tl.int64) * N
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _unseen(
+        BLOCK_X, bias is not None
+    )
+    last = tl.minimum((part + 1) * part_keys, Y)
+    for start in range(part * part_keys, last, BLOCK_Y):
+        j = start + tl.arange(0, BLOCK_Y)
+        j_read = tl.minimum(j, last - 1)
+        if WHOLE:
+            right = _load_features(y, j_read, tl.arange(0, BLOCK_D), D, EVEN)
+            product = _dot(left, tl.trans(right), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        else:
+            product = _product(x, y, i_read, j_read, D, EVEN, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D)
+        y_exists, y_factor, y_label = _side(j, last, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
+        logit = product * x_factor[:, None] * y_factor[None, :]
+        positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
+        if logits is not None:
+            at = local_i[:, None] * Y + j[None, :]  # fewer than 2^31 logits are kept
+            inside = (local_i < row_count)[:, None] & (j < last)[None, :]
+            tl.store(logits + local_p * row_count * Y + at, logit, mask=inside)
+        top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _seen_with(
+            top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
+            logit, positive, negative, bias, 1,
+        )  # fmt: skip
+        if column_parts is not None:
+            c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn = _unseen(BLOCK_Y, bias is not None)
+            c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn = _seen_with(
+                c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn, logit, positive, negative, bias, 0
+            )
+            at = column_parts + block * 9 * plane + p * N + j
+            mask = (j < last) & (j < N)
+            _store_planes(at, plane, mask, c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn)
+    _store_planes(
+        row_parts + part * 9 * plane + p * N + i, plane, local_i < row_count,
+        top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge(parts, merged, count, plane, BLOCK: tl.constexpr):
+    """Merges `count` parts of a softmax's anchors into one; `merged` may be one of them."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.cast(plane, tl.int64)
+    inside = index < plane
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _merged(
+        parts, count, plane, index, inside, BLOCK, False
+    )
+    _store_planes(
+        merged + index, plane, inside,
+        top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
+    )  # fmt: skip
+
+
+@triton.jit
+def _settle(
+    parts, row_gradient, temperature, outcomes,
+    count, P, N, first_problem, first_row, row_count, share,
+    SIGMOID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Outcomes [11, P, N] of the anchors that all parts [count, 9, P, N] tell of together.
+
+    `share` is what the anchor's loss counts for in the row's: 1, or 1 / 2 if keys are anchors too.
+    """
+    blocks = tl.cdiv(row_count, BLOCK)
+    program = tl.program_id(0)
+    local_i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = local_i < row_count
+    index = (first_problem + program // blocks).to(tl.int64) * N + first_row + local_i
+    plane = tl.cast(P, tl.int64) * N
+    top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _merged(
+        parts, count, plane, index, inside, BLOCK, SIGMOID
+    )
+    valid = positives > 0
+    has_negative = valid & (negatives > 0)
+    positive_mean = positive_sum / tl.maximum(positives, 1.0)
+    negative_mean = negative_sum / tl.maximum(negatives, 1.0)
+    gradient = tl.load(row_gradient + index, mask=inside, other=0.0) * share
+    if SIGMOID:
+        loss = total  # needs no positive
+        logit_dot = gradient * below
+        logit_sum = gradient * top
+        normalizer = top
+    else:
+        gradient = tl.where(valid, gradient, 0.0)
+        total = tl.where(valid, total, 1.0)
+        above = tl.where(valid, positive_mean - top, 0.0)
+        loss = tl.where(valid, tl.log(total) - above, 0.0)
+        logit_dot = gradient * (below / total - above)
+        logit_sum = tl.zeros((BLOCK,), tl.float32)
+        normalizer = tl.where(valid, top + tl.log(total), -_ABSENT)
+    scale = tl.load(temperature)
+    at = outcomes + index
+    tl.store(at, loss, mask=inside)
+    tl.store(at + plane, valid.to(tl.float32), mask=inside)
+    tl.store(at + 2 * plane, positive_mean * scale, mask=inside)
+    tl.store(at + 3 * plane, tl.where(has_negative, negative_mean * scale, 0.0), mask=inside)
+    tl.store(at + 4 * plane, has_negative.to(tl.float32), mask=inside)
+    tl.store(at + 5 * plane, (best_positive > best_negative).to(tl.float32), mask=inside)
+    tl.store(at + 6 * plane, logit_dot, mask=inside)
+    tl.store(at + 7 * plane, logit_sum, mask=inside)
+    tl.store(at + 8 * plane, normalizer, mask=inside)
+    tl.store(at + 9 * plane, 1.0 / tl.maximum(positives, 1.0), mask=inside)
+    tl.store(at + 10 * plane, gradient, mask=inside)
+
+
+@triton.jit
+def _slopes(
+    x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
+    x_anchors, y_anchors, unit, logits, slopes,
+    P, N, X, Y, D, own_shift, first_problem, first_row, row_count, first_key, key_count, bucket,
+    RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """unit * d total / d product of a block, [problem_count, row_count, key_count], from its logits if they were kept.
+
+    `unit` lifts slopes in fp16 out of its underflow.
+    """
+    rows = tl.cdiv(row_count, BLOCK_X)
+    columns = tl.cdiv(key_count, BLOCK_Y)
+    program = tl.program_id(0)
+    local_p = (program // (rows * columns)).to(tl.int64)
+    row, column = _tile_of(program % (rows * columns), rows, columns, 8)
+    p = first_problem + local_p
+
+    x += p * X * D
+    y += p * Y * D
+    if x_scale is not None:
+        x_scale += p * X
+        y_scale += p * Y
+    if RULE != 0:
+        x_labels += p * X
+        y_labels += p * Y
+    if weights is not None:
+        weights += p * N
+    if x_anchors is not None:
+        x_anchors += p * N
+    if y_anchors is not None:
+        y_anchors += p * N
+
+    local_i = row * BLOCK_X + tl.arange(0, BLOCK_X)
+    local_j = column * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    i = first_row + local_i
+    j = first_key + local_j
+    x_end = first_row + row_count
+    y_end = first_key + key_count
+    x_exists, x_factor, x_label = _side(i, x_end, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
+    y_exists, y_factor, y_label = _side(j, y_end, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
+    x_factor = x_factor / tl.load(temperature)
+    at = local_i[:, None] * key_count + local_j[None, :]  # a block has fewer than 2^31 entries
+    inside = (local_i < row_count)[:, None] & (local_j < key_count)[None, :]
+    slopes += local_p * row_count * key_count
+    if logits is not None:
+        logit = tl.load(logits + local_p * row_count * key_count + at, mask=inside, other=0.0)
+    else:
+        product = _product(
+            x, y, tl.minimum(i, x_end - 1), tl.minimum(j, y_end - 1), D, EVEN, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
+        )
+        logit = product * x_factor[:, None] * y_factor[None, :]
+    positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
+    slope = _slope(logit, positive, negative, i, j, x_anchors, y_anchors, tl.cast(P, tl.int64) * N, N, bias)
+    slope = slope * x_factor[:, None] * y_factor[None, :]
+    if unit is not None:
+        slope = slope * tl.load(unit)
+    tl.store(slopes + at, slope.to(slopes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _accumulate(
+    slopes, features, gradient,
+    slopes_problem, slopes_row, slopes_inner, feature_problem, gradient_problem,
+    row_count, inner_count, D, bucket,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """gradient (+)= slopes @ features: [row_count, inner_count] @ [inner_count, D], for each of some problems.
+
+    Slopes have strides, the others contiguous rows.
+    """
+    rows = tl.cdiv(row_count, BLOCK_X)
+    columns = tl.cdiv(D, BLOCK_D)
+    program = tl.program_id(0)
+    p = (program // (rows * columns)).to(tl.int64)
+    row, column = _tile_of(program % (rows * columns), rows, columns, 8)
+    slopes += p * slopes_problem
+    features += p * feature_problem
+    gradient += p * gradient_problem
+
+    i = row * BLOCK_X + tl.arange(0, BLOCK_X)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_read = tl.minimum(i, row_count - 1).to(tl.int64)
+    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
+    for start in range(0, inner_count, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        inside = k < inner_count
+        left = tl.load(
+            slopes + i_read[:, None] * slopes_row + k[None, :] * slopes_inner, mask=inside[None, :], other=0.0
+        )
+        right = tl.load(features + k[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        total = _dot(left, right, total, PRECISION)
+    at = gradient + i.to(tl.int64)[:, None] * D + d[None, :]
+    mask = (i < row_count)[:, None] & (d < D)[None, :]
+    if ADD:
+        total += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, total, mask=mask)
+
+
+@triton.jit
+def _gradient(
+    x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
+    x_anchors, y_anchors, unit, gradient,
+    P, N, X, Y, D, own_shift, bucket,
+    RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of all rows of x [P, X, D], whose D features fit into BLOCK_D; either side may be the queries."""
+    blocks = tl.cdiv(X, BLOCK_X)
+    program = tl.program_id(0)
+    p = (program // blocks).to(tl.int64)
+    x += p * X * D
+    y += p * Y * D
+    gradient += p * X * D
+    if x_scale is not None:
+        x_scale += p * X
+        y_scale += p * Y
+    if RULE != 0:
+        x_labels += p * X
+        y_labels += p * Y
+    if weights is not None:
+        weights += p * N
+    if x_anchors is not None:
+        x_anchors += p * N
+    if y_anchors is not None:
+        y_anchors += p * N
+
+    i = program % blocks * BLOCK_X + tl.arange(0, BLOCK_X)
+    d = tl.arange(0, BLOCK_D)
+    x_exists, x_factor, x_label = _side(i, X, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
+    left = _load_features(x, tl.minimum(i, X - 1), d, D, EVEN)
+    logit_factor = x_factor / tl.load(temperature)
+    slope_factor = logit_factor
+    if unit is not None:
+        slope_factor = logit_factor * tl.load(unit)
+    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
+    for start in range(0, Y, BLOCK_Y):
+        j = start + tl.arange(0, BLOCK_Y)
+        right = _load_features(y, tl.minimum(j, Y - 1), d, D, EVEN)
+        y_exists, y_factor, y_label = _side(j, Y, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
+        product = _dot(left, tl.trans(right), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        logit = product * logit_factor[:, None] * y_factor[None, :]
+        positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
+        slope = _slope(logit, positive, negative, i, j, x_anchors, y_anchors, tl.cast(P, tl.int64) * N, N, bias)
+        slope = slope * slope_factor[:, None] * y_factor[None, :]
+        total = _dot(slope.to(right.dtype), right, total, PRECISION)
+    if unit is not None:
+        total = total / tl.load(unit)
+    if x_scale is not None:
+        wide = left.to(tl.float32)
+        along = tl.sum(total * wide, 1) * x_factor * x_factor
+        total = total - along[:, None] * wide
+    at = gradient + i.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, total, mask=(i < X)[:, None] & (d < D)[None, :])
+
+
+def _configs(*choices: tuple[dict[str, int], int, int]) -> list[Any]:
+    """Tuning configurations from (block sizes, warps, stages): all of them tiny in the interpreter."""
+    if INTERPRETED:
+        return [triton.Config(dict.fromkeys(choices[0][0], 16))]
+    return [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
+
+
+_KEY = ["bucket", "RULE", "SELF", "BLOCK_D"]
+_tuned_statistics = triton.autotune(
+    _configs(({"BLOCK_Y": 64}, 4, 3), ({"BLOCK_Y": 64}, 8, 3), ({"BLOCK_Y": 128}, 8, 3)),
+    key=[*_KEY, "BLOCK_X"],
+)(_statistics)
+_tuned_slopes = triton.autotune(
+    _configs(
+        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 3),
+        ({"BLOCK_X": 128, "BLOCK_Y": 64}, 4, 3),
+        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
+    ),
+    key=_KEY,
+)(_slopes)
+_tuned_accumulate = triton.autotune(
+    _configs(
+        ({"BLOCK_X": 64, "BLOCK_D": 64}, 4, 3),
+        ({"BLOCK_X": 128, "BLOCK_D": 128}, 8, 3),
+        ({"BLOCK_X": 128, "BLOCK_D": 256}, 8, 3),
+    ),
+    key=["bucket", "BLOCK_K"],
+)(_accumulate)
+_tuned_gradient = triton.autotune(
+    _configs(
+        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 2),
+        ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
+        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 2),
+    ),
+    key=_KEY,
+)(_gradient)
+
+
+def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    """Row results, and the gradients of `sum_i weights_i loss_i`."""
+    return _evaluate(problem, row_weights(problem), wanted)
+
+
+def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradients:
+    """Gradients of `sum_i row_gradient_i loss_i`."""
+    return _evaluate(problem, row_gradient, wanted)[1]
+
+
+def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    with torch.cuda.device_of(problem.query):
+        run = _Run(problem, row_gradient.contiguous(), wanted)
+        results, logit_dot, logit_sum = run.results()
+        query, key = run.gradients
+    if problem.pairing.name == "views" and query is not None:
+        query, key = query.split(problem.query.shape[1], 1)
+    return results, Gradients(
+        query if wanted.query else None,
+        key if wanted.key else None,
+        -logit_dot.sum(-1) / run.temperature if wanted.temperature else None,
+        logit_sum.sum(-1) if wanted.bias else None,
+    )
+
+
+class _Block(NamedTuple):
+    """Some queries of some problems against some keys."""
+
+    problems: slice
+    rows: slice
+    keys: slice
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        p, r, k = self
+        return p.stop - p.start, r.stop - r.start, k.stop - k.start
+
+
+def _blocks(sizes: tuple[int, int, int], rows: int, keys: int, *, halved: bool = False) -> Iterator[_Block]:
+    """Blocks of at most `rows` x `keys`: several problems, or a part of one; `halved`: none below the diagonal."""
+    P, N, M = sizes
+    problems = max(1, rows * keys // (N * M)) if rows >= N and keys >= M else 1
+    for p in range(0, P, problems):
+        for i in range(0, N, rows):
+            for j in range(i if halved else 0, M, keys):
+                yield _Block(slice(p, min(p + problems, P)), slice(i, min(i + rows, N)), slice(j, min(j + keys, M)))
+
+
+class _Run:
+    """One evaluation: the operands as the kernels take them, and the order in which the kernels run."""
+
+    def __init__(self, problem: Problem, row_gradient: Tensor, wanted: Wanted) -> None:
+        self.P, self.N, self.M, self.D = problem.sizes
+        self.device, self.dtype = problem.query.device, problem.query.dtype
+        self.row_gradient = row_gradient
+        self.alone = problem.pairing.self_contrast
+        self.symmetric = problem.form == "symmetric"
+        if problem.pairing.name == "views":
+            assert problem.key is not None
+            self.query = self.key = torch.cat([problem.query, problem.key], 1)
+        else:
+            self.query = problem.query.contiguous()
+            self.key = self.query if problem.key is None else problem.key.contiguous()
+        self.query_scale = self.key_scale = None
+        if problem.normalize:
+            self.query_scale = self._inverse_norms(self.query)
+            self.key_scale = self.query_scale if self.alone else self._inverse_norms(self.key)
+        self.temperature = self._scalar(problem.temperature)
+        self.bias = None if problem.bias is None else self._scalar(problem.bias)
+
+        wants_query, wants_key = wanted[:2]
+        if self.alone:
+            wants_query, wants_key = wants_query or wants_key, False
+        self.gradients = [
+            self._empty(*x.shape) if want else None for x, want in ((self.query, wants_query), (self.key, wants_key))
+        ]
+        self.outcomes = self._empty(OUTCOMES, self.P, self.N)
+        self.column_outcomes = self._empty(OUTCOMES, self.P, self.N) if self.symmetric else None
+        slopes, column_slopes = (None if x is None else x[8:] for x in (self.outcomes, self.column_outcomes))
+        self.anchors = (slopes, slopes if self.alone else column_slopes)  # Slopes of queries and keys
+        self.unit = self._unit() if self.dtype == torch.float16 and (wants_query or wants_key) else None
+
+        self.narrow = self.D * self.dtype.itemsize <= NARROW_BYTES
+        block_d = max(16, triton.next_power_of_2(self.D)) if self.narrow else 128 // self.dtype.itemsize
+        if INTERPRETED and not self.narrow:
+            block_d = 16
+        self.blocks = {"BLOCK_D": block_d, "EVEN": self.D % block_d == 0}
+        self.bucket = (self.P * self.N).bit_length() * 4096 + self.M.bit_length() * 64 + self.D.bit_length()
+        weighted = problem.weights is not None
+        self.sides = (
+            (self.query, self.query_scale, problem.query_labels, self.N, weighted),
+            (self.key, self.key_scale, problem.key_labels, self.M, weighted and problem.pairing.shared_weights),
+        )
+        self.common = {
+            "weights": problem.weights,
+            "temperature": self.temperature,
+            "bias": self.bias,
+            "P": self.P,
+            "N": self.N,
+            "D": self.D,
+            "own_shift": problem.pairing.own_shift(self.N),
+            "RULE": 0 if problem.query_labels is None else SAME_LABEL.index(problem.same_label),
+            "SELF": self.alone,
+        }
+        self.tuning = {
+            "bucket": self.bucket,
+            # Three tf32 products are as exact as one in fp32, and several times faster.
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 and torch.version.hip is None else "ieee",
+        }
+
+    def results(self) -> tuple[RowResults, Tensor, Tensor]:
+        """Results of the rows, and their parts of the gradients of temperature and bias, [P, N] each."""
+        sizes = self.P, self.N, self.M
+        everything = next(_blocks(sizes, self.P * self.N, self.M))
+        wide = not self.narrow and any(g is not None for g in self.gradients)
+        rows = KEPT_ENTRIES // self.M
+        all_first = self.alone or self.symmetric  # every row has to be seen before any gradient is formed
+        if wide and rows >= (self.P * self.N if all_first else min(self.N, KEPT_ROWS)):
+            blocks = list(_blocks(sizes, rows, self.M))
+            logits, slopes = self._buffer(blocks, torch.float32), self._buffer(blocks, self.dtype)
+            for block in blocks:
+                self._see(block, logits)
+                self._add(block, self._slopes(block, slopes, logits))
+        else:
+            self._see(everything)
+            if wide:
+                keys = min(self.M, max(BLOCK_SIDE, BLOCK_SIDE**2 // self.N))
+                blocks = list(_blocks(sizes, BLOCK_SIDE**2 // keys, keys, halved=self.alone))
+                slopes = self._buffer(blocks, self.dtype)
+                for block in blocks:
+                    self._add(block, self._slopes(block, slopes))
+            else:
+                self._form_gradients()
+        if wide:
+            self._project()
+
+        outcomes = self.outcomes[:8]
+        if self.column_outcomes is not None:
+            mean = (self.outcomes[:6] + self.column_outcomes[:6]) / 2
+            outcomes = torch.cat([mean, self.outcomes[6:8] + self.column_outcomes[6:8]])
+        *of_rows, logit_dot, logit_sum = outcomes.unbind()
+        return RowResults(*of_rows), logit_dot, logit_sum
+
+    def _see(self, block: _Block, logits: Tensor | None = None) -> None:
+        """Settles the block's queries, which it holds with all their keys; and the keys, if they are anchors."""
+        step = 16 if INTERPRETED else 64
+        part_keys = triton.cdiv(triton.cdiv(self.M, MAX_PARTS), step) * step
+        block_x = 16 if INTERPRETED else 64 if self.P * self.N <= 1024 else 128
+        row_parts = self._empty(triton.cdiv(self.M, part_keys), PLANES, self.P, self.N)
+
+        def see(panel: _Block, column_parts: Tensor | None = None) -> None:
+            problems, rows, _ = panel.shape
+            _tuned_statistics[(problems * triton.cdiv(rows, block_x) * len(row_parts),)](
+                **self._operands(),
+                row_parts=row_parts,
+                column_parts=column_parts,
+                logits=logits,
+                first_problem=panel.problems.start,
+                first_row=panel.rows.start,
+                row_count=rows,
+                part_count=len(row_parts),
+                part_keys=part_keys,
+                WHOLE=self.narrow,
+                BLOCK_X=block_x,
+                **self.blocks,
+            )
+
+        if self.column_outcomes is None:
+            see(block)
+        else:
+            # Every block of rows is a part of the columns. After each panel of them what is known goes into part 0.
+            height = block_x * max(1, COLUMN_BYTES // (4 * PLANES * self.P * self.N))
+            column_parts = self._empty(1 + triton.cdiv(min(height, self.N), block_x), PLANES, self.P, self.N)
+            known = column_parts[:0]
+            for first in range(0, self.N, height):
+                panel = block._replace(rows=slice(first, min(first + height, self.N)))
+                if first:
+                    plane = self.P * self.N
+                    _merge[(triton.cdiv(plane, 128),)](known, column_parts, len(known), plane, BLOCK=128)
+                see(panel, column_parts[1:])
+                known = column_parts[0 if first else 1 : 1 + triton.cdiv(panel.shape[1], block_x)]
+            self._settle(block, known, self.column_outcomes)
+        self._settle(block, row_parts, self.outcomes)
+
+    def _settle(self, block: _Block, parts: Tensor, outcomes: Tensor) -> None:
+        problems, rows, _ = block.shape
+        _settle[(problems * triton.cdiv(rows, 128),)](
+            parts,
+            self.row_gradient,
+            self.temperature,
+            outcomes,
+            len(parts),
+            self.P,
+            self.N,
+            block.problems.start,
+            block.rows.start,
+            rows,
+            0.5 if self.symmetric else 1.0,
+            SIGMOID=self.bias is not None,
+            BLOCK=128,
+        )
+
+    def _slopes(self, block: _Block, buffer: Tensor, logits: Tensor | None = None) -> Tensor:
+        """unit * d total / d product of a block."""
+        problems, rows, keys = block.shape
+        _tuned_slopes[
+            lambda blocks: (problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(keys, blocks["BLOCK_Y"]),)
+        ](
+            **self._operands(),
+            x_anchors=self.anchors[0],
+            y_anchors=self.anchors[1],
+            unit=self.unit,
+            logits=logits,
+            slopes=buffer,
+            first_problem=block.problems.start,
+            first_row=block.rows.start,
+            row_count=rows,
+            first_key=block.keys.start,
+            key_count=keys,
+            **self.blocks,
+        )
+        return buffer[: problems * rows * keys].view(block.shape)
+
+    def _add(self, block: _Block, slopes: Tensor) -> None:
+        """Adds to the gradients what follows from the slopes of a block.
+
+        The first product of a gradient overwrites it. Tuning, which repeats a launch, happens there and adds nothing.
+        """
+        p, rows, keys = block
+        of_queries, of_keys = self.gradients
+        if of_queries is not None:
+            first = keys.start == 0 and (rows.start == 0 or not self.alone)
+            self._accumulate(of_queries[p, rows], slopes, self.key[p, keys], add=not first)
+        if self.alone and keys.start > rows.start:  # stands for the block on the other side of the diagonal
+            of_keys = of_queries
+        if of_keys is not None:
+            self._accumulate(of_keys[p, keys], slopes.mT, self.query[p, rows], add=rows.start > 0)
+
+    def _accumulate(self, gradient: Tensor, slopes: Tensor, features: Tensor, *, add: bool) -> None:
+        problems, rows, inner = slopes.shape
+        _tuned_accumulate[
+            lambda blocks: (problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(self.D, blocks["BLOCK_D"]),)
+        ](
+            slopes,
+            features,
+            gradient,
+            *slopes.stride(),
+            features.stride(0),
+            gradient.stride(0),
+            rows,
+            inner,
+            self.D,
+            **self.tuning,
+            ADD=add,
+            BLOCK_K=self.blocks["BLOCK_D"],
+        )
+
+    def _project(self) -> None:
+        """From the gradients with respect to unit rows to those with respect to the rows themselves."""
+        for gradient, (x, scale, *_) in zip(self.gradients, self.sides, strict=True):
+            if gradient is not None and (scale is not None or self.unit is not None):
+                self._by_rows(_project, x, gradient, x, scale, self.unit)
+
+    def _form_gradients(self) -> None:
+        """The gradients of narrow features."""
+        of_queries, of_keys = self.anchors
+        for exchanged, gradient in enumerate(self.gradients):
+            if gradient is not None:
+                rows = gradient.shape[1]
+                _tuned_gradient[lambda blocks, rows=rows: (self.P * triton.cdiv(rows, blocks["BLOCK_X"]),)](
+                    **self._operands(exchanged=bool(exchanged)),
+                    x_anchors=of_keys if exchanged else of_queries,
+                    y_anchors=of_queries if exchanged else of_keys,
+                    unit=self.unit,
+                    gradient=gradient,
+                    **self.blocks,
+                )
+
+    def _operands(self, *, exchanged: bool = False) -> dict[str, Any]:
+        """What kernels over pairs share. x is the side that a program holds, y the one that it walks over: queries and
+        keys, or exchanged."""
+        operands = {**self.common, **self.tuning}
+        for side, (features, scale, labels, count, weighted) in zip(
+            "yx" if exchanged else "xy", self.sides, strict=True
+        ):
+            operands[side] = features
+            operands[side.upper()] = count
+            operands[f"{side}_scale"] = scale
+            operands[f"{side}_labels"] = labels
+            operands[f"{side.upper()}_WEIGHTED"] = weighted
+        return operands
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _buffer(self, blocks: list[_Block], dtype: torch.dtype) -> Tensor:
+        return self._empty(max(p * r * k for p, r, k in (block.shape for block in blocks)), dtype=dtype)
+
+    def _scalar(self, value: Tensor) -> Tensor:
+        """On the device: a number is filled in, which needs no synchronisation as a copy would."""
+        if value.device == self.device:
+            return value
+        return torch.full((), value.item(), dtype=torch.float32, device=self.device)
+
+    def _inverse_norms(self, x: Tensor) -> Tensor:
+        inverse_norms = self._empty(*x.shape[:2])
+        self._by_rows(_inverse_norms, x, x, inverse_norms)
+        return inverse_norms
+
+    def _by_rows(self, kernel: Any, x: Tensor, *operands: Tensor | None) -> None:
+        """Launches a kernel over all rows of x, a few of them (1024 features at a time) to a program."""
+        rows = x.shape[0] * x.shape[1]
+        block_d = min(1024, triton.next_power_of_2(self.D))
+        block = 1024 // block_d
+        kernel[(triton.cdiv(rows, block),)](*operands, rows, self.D, BLOCK=block, BLOCK_D=block_d)
+
+    def _unit(self) -> Tensor:
+        """A factor that takes the largest slope there can be to 2^14, well inside the range of fp16."""
+        bound = self.row_gradient.abs().amax() / self.temperature
+        if self.query_scale is not None and self.key_scale is not None:
+            bound = bound * self.query_scale.amax() * self.key_scale.amax()
+        return 2.0**13 / bound.clamp(min=1e-30)  # both sides of a pair may be anchors
