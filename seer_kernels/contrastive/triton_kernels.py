@@ -1,21 +1,21 @@
 """Triton kernels: products of tiles whose epilogue is the loss, so that no N x M matrix is ever in memory.
 
-Every loss takes the same steps. `_statistics` multiplies tiles of queries and keys and boils each anchor's row down to
-nine numbers, a few parts per anchor; where keys are anchors too it does the same to the columns of the same tiles.
-`_settle` merges the parts into losses, statistics and the three numbers that an anchor's gradient needs. Then the
-gradient:
+Every loss takes the same steps. `_statistics` boils the row of each anchor down to nine numbers, a few parts per
+anchor; where keys are anchors too it does the same to the columns. `_settle` merges the parts into losses, statistics
+and the three numbers that an anchor's gradient needs. Then the gradient:
 
-- Narrow features (a row within NARROW_BYTES): `_gradient` forms the gradient of one side tile by tile, on the chip. It
-  serves both sides, with the roles of queries and keys exchanged.
-- Wide features, for which a tile of the gradient does not fit on the chip: `_slopes` writes a block of d total / d
-  product to memory, and `_accumulate` multiplies it with the features of the other side. Where the logits of the block
-  could be kept from the first step there are three products in all, else four.
+- Narrow features (a row within NARROW_BYTES): `_statistics` multiplies tiles on the chip, and `_gradient` multiplies
+  them again to form the gradient of one side; it serves both, with the roles of queries and keys exchanged.
+- Wide features, for which a tile of the gradient does not fit on the chip: `_multiply` writes the products of a block
+  to memory, `_slopes` makes d total / d product of them, and `_multiply` takes those to the features. Where the
+  products of the block are still there from the statistics, that is three products in all, else four.
 
 Deterministic: every number is written by one program, and sums run in a fixed order.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,14 +33,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NARROW_BYTES = 512
 """Features of a row up to which gradients are formed on the chip: D = 256 in half precision, 128 in fp32."""
 
-KEPT_ENTRIES = 1 << 24
-"""Logits that may be kept for the gradient: 64 MiB, and 32 MiB more for slopes in half precision."""
+BLOCK_ENTRIES = 1 << 24
+"""Products (fp32) and slopes (the features' dtype) of a block in memory: 96 MiB in half precision, 128 in fp32."""
 
 KEPT_ROWS = 768
 """If fewer rows of a one-sided loss fit, adding to the keys' gradient so often costs more than a fourth product."""
 
 BLOCK_SIDE = 4096
-"""Rows and keys of a block of slopes where logits are not kept: 32 MiB in half precision."""
+"""Rows and keys of a block where products are not kept for the gradient."""
 
 COLUMN_BYTES = 32 << 20
 """Statistics of columns that wait to be merged."""
@@ -61,9 +61,10 @@ sigmoids, sum_j (d total / d logit_ij); the fields of Slopes."""
 
 
 @triton.jit
-def _load_features(features, rows, d, D, EVEN: tl.constexpr):
-    """Features d of some rows, zeros beyond D: [rows, d]."""
-    at = features + rows.to(tl.int64)[:, None] * D + d[None, :]
+def _load_features(features, first, count, d, D, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Features d, zeros beyond D, of the rows from `first` on; from `count` on of the last row: [BLOCK, d]."""
+    rows = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
+    at = features + tl.cast(first, tl.int64) * D + rows[:, None] * D + d[None, :]
     return tl.load(at) if EVEN else tl.load(at, mask=d[None, :] < D, other=0.0)
 
 
@@ -74,21 +75,6 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _product(
-    x, y, i, j, D, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows i of x times rows j of y: [i, j] in fp32."""
-    product = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        left = _load_features(x, i, d, D, EVEN)
-        right = _load_features(y, j, d, D, EVEN)
-        product = _dot(left, tl.trans(right), product, PRECISION)
-    return product
 
 
 @triton.jit
@@ -255,7 +241,7 @@ def _share(logit, positive, normalizer, target, slope):
 
 @triton.jit
 def _slope(logit, positive, negative, i, j, x_anchors, y_anchors, plane, N, bias):
-    """d total / d logit [i, j], from what is known of each side's anchors (`Slopes`, [3, P, N]), None if it has none."""
+    """d total / d logit [i, j], from the `Slopes` [3, P, N] of each side's anchors, None where it has none."""
     slope = tl.zeros_like(logit)
     if bias is not None:
         slope = _sigmoid_pair(logit + tl.load(bias), positive)[1]
@@ -327,16 +313,17 @@ def _project(gradient, x, inverse_norms, unit, rows, D, BLOCK: tl.constexpr, BLO
 @triton.jit
 def _statistics(
     x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
-    row_parts, column_parts, logits,
-    P, N, X, Y, D, own_shift, first_problem, first_row, row_count, part_count, part_keys, bucket,
+    products, row_parts, column_parts,
+    P, N, X, Y, D, own_shift,
+    first_problem, first_row, row_count, first_key, key_count, part_count, part_keys, bucket,
     RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Queries x as anchors over parts of the keys y, into row_parts [part_count, 9, P, N].
+    """Queries x as anchors over parts of a block's keys y, into row_parts [part_count, 9, P, N].
 
-    With column_parts [blocks of rows, 9, P, N] the first N keys are anchors over a block of rows as well. With logits
-    [problem_count, row_count, Y] those are written down.
+    With column_parts [blocks of rows, 9, P, N] the first N keys are anchors over a block of rows as well. Products are
+    those of the block, [problems, row_count, key_count], or None: then D features fit into BLOCK_D.
     """
     program = tl.program_id(0)
     part = program % part_count
@@ -358,33 +345,32 @@ def _statistics(
 
     local_i = block * BLOCK_X + tl.arange(0, BLOCK_X)
     i = first_row + local_i
-    end = first_row + row_count
-    x_exists, x_factor, x_label = _side(i, end, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
+    row_end = first_row + row_count
+    x_exists, x_factor, x_label = _side(i, row_end, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
     x_factor = x_factor / tl.load(temperature)
-    i_read = tl.minimum(i, end - 1)
-    if WHOLE:
-        left = _load_features(x, i_read, tl.arange(0, BLOCK_D), D, EVEN)
+    if products is not None:
+        products += local_p * row_count * key_count
+    else:
+        d = tl.arange(0, BLOCK_D)
+        left = _load_features(x, first_row + block * BLOCK_X, row_end, d, D, BLOCK_X, EVEN)
 
     plane = tl.cast(P, tl.int64) * N
     top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _unseen(
         BLOCK_X, bias is not None
     )
-    last = tl.minimum((part + 1) * part_keys, Y)
+    last = tl.minimum((part + 1) * part_keys, key_count)
     for start in range(part * part_keys, last, BLOCK_Y):
-        j = start + tl.arange(0, BLOCK_Y)
-        j_read = tl.minimum(j, last - 1)
-        if WHOLE:
-            right = _load_features(y, j_read, tl.arange(0, BLOCK_D), D, EVEN)
-            product = _dot(left, tl.trans(right), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        local_j = start + tl.arange(0, BLOCK_Y)
+        j = first_key + local_j
+        if products is not None:
+            at = local_i[:, None] * key_count + local_j[None, :]  # a block has fewer than 2^31 products
+            product = tl.load(products + at, mask=(local_i < row_count)[:, None] & (local_j < last)[None, :], other=0.0)
         else:
-            product = _product(x, y, i_read, j_read, D, EVEN, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D)
-        y_exists, y_factor, y_label = _side(j, last, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
+            right = _load_features(y, first_key + start, first_key + last, d, D, BLOCK_Y, EVEN)
+            product = _dot(left, tl.trans(right), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        y_exists, y_factor, y_label = _side(j, first_key + last, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
         logit = product * x_factor[:, None] * y_factor[None, :]
         positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
-        if logits is not None:
-            at = local_i[:, None] * Y + j[None, :]  # fewer than 2^31 logits are kept
-            inside = (local_i < row_count)[:, None] & (j < last)[None, :]
-            tl.store(logits + local_p * row_count * Y + at, logit, mask=inside)
         top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative = _seen_with(
             top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
             logit, positive, negative, bias, 1,
@@ -394,9 +380,9 @@ def _statistics(
             c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn = _seen_with(
                 c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn, logit, positive, negative, bias, 0
             )
-            at = column_parts + block * 9 * plane + p * N + j
-            mask = (j < last) & (j < N)
-            _store_planes(at, plane, mask, c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn)
+            at_columns = column_parts + block * 9 * plane + p * N + j
+            mask = (local_j < last) & (j < N)
+            _store_planes(at_columns, plane, mask, c_top, c_total, c_below, c_ps, c_p, c_ns, c_n, c_bp, c_bn)
     _store_planes(
         row_parts + part * 9 * plane + p * N + i, plane, local_i < row_count,
         top, total, below, positive_sum, positives, negative_sum, negatives, best_positive, best_negative,
@@ -472,26 +458,18 @@ def _settle(
 
 @triton.jit
 def _slopes(
-    x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
-    x_anchors, y_anchors, unit, logits, slopes,
-    P, N, X, Y, D, own_shift, first_problem, first_row, row_count, first_key, key_count, bucket,
+    x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
+    x_anchors, y_anchors, unit, products, slopes,
+    P, N, X, Y, own_shift, first_problem, first_row, row_count, first_key, key_count,
     RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
 ):  # fmt: skip
-    """unit * d total / d product of a block, [problem_count, row_count, key_count], from its logits if they were kept.
-
-    `unit` lifts slopes in fp16 out of its underflow.
-    """
+    """From products to unit * d total / d product, for a block [problems, row_count, key_count]."""
     rows = tl.cdiv(row_count, BLOCK_X)
     columns = tl.cdiv(key_count, BLOCK_Y)
     program = tl.program_id(0)
     local_p = (program // (rows * columns)).to(tl.int64)
-    row, column = _tile_of(program % (rows * columns), rows, columns, 8)
     p = first_problem + local_p
-
-    x += p * X * D
-    y += p * Y * D
     if x_scale is not None:
         x_scale += p * X
         y_scale += p * Y
@@ -505,25 +483,17 @@ def _slopes(
     if y_anchors is not None:
         y_anchors += p * N
 
-    local_i = row * BLOCK_X + tl.arange(0, BLOCK_X)
-    local_j = column * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    local_i = program // columns % rows * BLOCK_X + tl.arange(0, BLOCK_X)
+    local_j = program % columns * BLOCK_Y + tl.arange(0, BLOCK_Y)
     i = first_row + local_i
     j = first_key + local_j
-    x_end = first_row + row_count
-    y_end = first_key + key_count
-    x_exists, x_factor, x_label = _side(i, x_end, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
-    y_exists, y_factor, y_label = _side(j, y_end, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
+    x_exists, x_factor, x_label = _side(i, first_row + row_count, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
+    y_exists, y_factor, y_label = _side(j, first_key + key_count, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
     x_factor = x_factor / tl.load(temperature)
-    at = local_i[:, None] * key_count + local_j[None, :]  # a block has fewer than 2^31 entries
+    # A block has fewer than 2^31 products.
+    at = local_p * row_count * key_count + (local_i[:, None] * key_count + local_j[None, :])
     inside = (local_i < row_count)[:, None] & (local_j < key_count)[None, :]
-    slopes += local_p * row_count * key_count
-    if logits is not None:
-        logit = tl.load(logits + local_p * row_count * key_count + at, mask=inside, other=0.0)
-    else:
-        product = _product(
-            x, y, tl.minimum(i, x_end - 1), tl.minimum(j, y_end - 1), D, EVEN, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
-        )
-        logit = product * x_factor[:, None] * y_factor[None, :]
+    logit = tl.load(products + at, mask=inside, other=0.0) * x_factor[:, None] * y_factor[None, :]
     positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
     slope = _slope(logit, positive, negative, i, j, x_anchors, y_anchors, tl.cast(P, tl.int64) * N, N, bias)
     slope = slope * x_factor[:, None] * y_factor[None, :]
@@ -533,43 +503,45 @@ def _slopes(
 
 
 @triton.jit
-def _accumulate(
-    slopes, features, gradient,
-    slopes_problem, slopes_row, slopes_inner, feature_problem, gradient_problem,
-    row_count, inner_count, D, bucket,
+def _multiply(
+    a, b, out,
+    a_problem, a_row, a_inner, b_problem, b_inner, b_column, out_problem, out_row,
+    rows, columns, inner, bucket,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """gradient (+)= slopes @ features: [row_count, inner_count] @ [inner_count, D], for each of some problems.
-
-    Slopes have strides, the others contiguous rows.
-    """
-    rows = tl.cdiv(row_count, BLOCK_X)
-    columns = tl.cdiv(D, BLOCK_D)
+    """out (+)= a @ b in fp32, for each of some problems: [rows, inner] @ [inner, columns]."""
+    tile_rows = tl.cdiv(rows, BLOCK_X)
+    tile_columns = tl.cdiv(columns, BLOCK_Y)
     program = tl.program_id(0)
-    p = (program // (rows * columns)).to(tl.int64)
-    row, column = _tile_of(program % (rows * columns), rows, columns, 8)
-    slopes += p * slopes_problem
-    features += p * feature_problem
-    gradient += p * gradient_problem
+    p = (program // (tile_rows * tile_columns)).to(tl.int64)
+    tile_row, tile_column = _tile_of(program % (tile_rows * tile_columns), tile_rows, tile_columns, 8)
+    first_row = (tile_row * BLOCK_X).to(tl.int64)
+    first_column = (tile_column * BLOCK_Y).to(tl.int64)
+    a += p * a_problem + first_row * a_row
+    b += p * b_problem + first_column * b_column
+    out += p * out_problem + first_row * out_row + first_column
 
-    i = row * BLOCK_X + tl.arange(0, BLOCK_X)
-    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
-    i_read = tl.minimum(i, row_count - 1).to(tl.int64)
-    total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
-    for start in range(0, inner_count, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        inside = k < inner_count
-        left = tl.load(
-            slopes + i_read[:, None] * slopes_row + k[None, :] * slopes_inner, mask=inside[None, :], other=0.0
-        )
-        right = tl.load(features + k[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        total = _dot(left, right, total, PRECISION)
-    at = gradient + i.to(tl.int64)[:, None] * D + d[None, :]
-    mask = (i < row_count)[:, None] & (d < D)[None, :]
+    i = tl.arange(0, BLOCK_X)
+    j = tl.arange(0, BLOCK_Y)
+    k = tl.arange(0, BLOCK_K)
+    inside_i = i < rows - tile_row * BLOCK_X
+    inside_j = j < columns - tile_column * BLOCK_Y
+    out_at = out + i[:, None] * out_row + j[None, :]
     if ADD:
-        total += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, total, mask=mask)
+        total = tl.load(out_at, mask=inside_i[:, None] & inside_j[None, :], other=0.0)
+    else:
+        total = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    a_at = a + i[:, None] * a_row + k[None, :] * a_inner
+    b_at = b + k[:, None] * b_inner + j[None, :] * b_column
+    for start in range(0, inner, BLOCK_K):
+        inside_k = k < inner - start
+        left = tl.load(a_at, mask=inside_i[:, None] & inside_k[None, :], other=0.0)
+        right = tl.load(b_at, mask=inside_k[:, None] & inside_j[None, :], other=0.0)
+        total = _dot(left, right, total, PRECISION)
+        a_at += BLOCK_K * a_inner
+        b_at += BLOCK_K * b_inner
+    tl.store(out_at, total, mask=inside_i[:, None] & inside_j[None, :])
 
 
 @triton.jit
@@ -604,7 +576,7 @@ def _gradient(
     i = program % blocks * BLOCK_X + tl.arange(0, BLOCK_X)
     d = tl.arange(0, BLOCK_D)
     x_exists, x_factor, x_label = _side(i, X, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
-    left = _load_features(x, tl.minimum(i, X - 1), d, D, EVEN)
+    left = _load_features(x, program % blocks * BLOCK_X, X, d, D, BLOCK_X, EVEN)
     logit_factor = x_factor / tl.load(temperature)
     slope_factor = logit_factor
     if unit is not None:
@@ -612,7 +584,7 @@ def _gradient(
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     for start in range(0, Y, BLOCK_Y):
         j = start + tl.arange(0, BLOCK_Y)
-        right = _load_features(y, tl.minimum(j, Y - 1), d, D, EVEN)
+        right = _load_features(y, start, Y, d, D, BLOCK_Y, EVEN)
         y_exists, y_factor, y_label = _side(j, Y, y_scale, y_labels, weights, N, RULE, Y_WEIGHTED)
         product = _dot(left, tl.trans(right), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
         logit = product * logit_factor[:, None] * y_factor[None, :]
@@ -637,35 +609,23 @@ def _configs(*choices: tuple[dict[str, int], int, int]) -> list[Any]:
     return [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
 
 
-_KEY = ["bucket", "RULE", "SELF", "BLOCK_D"]
+_KEY = ["bucket", "RULE", "BLOCK_D"]
 _tuned_statistics = triton.autotune(
-    _configs(({"BLOCK_Y": 64}, 4, 3), ({"BLOCK_Y": 64}, 8, 3), ({"BLOCK_Y": 128}, 8, 3)),
-    key=[*_KEY, "BLOCK_X"],
-)(_statistics)
-_tuned_slopes = triton.autotune(
-    _configs(
-        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 3),
-        ({"BLOCK_X": 128, "BLOCK_Y": 64}, 4, 3),
-        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
-    ),
+    _configs(({"BLOCK_Y": 32}, 4, 3), ({"BLOCK_Y": 64}, 8, 3)),
     key=_KEY,
-)(_slopes)
-_tuned_accumulate = triton.autotune(
-    _configs(
-        ({"BLOCK_X": 64, "BLOCK_D": 64}, 4, 3),
-        ({"BLOCK_X": 128, "BLOCK_D": 128}, 8, 3),
-        ({"BLOCK_X": 128, "BLOCK_D": 256}, 8, 3),
-    ),
-    key=["bucket", "BLOCK_K"],
-)(_accumulate)
+)(_statistics)
 _tuned_gradient = triton.autotune(
-    _configs(
-        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 2),
-        ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
-        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 2),
-    ),
+    _configs(({"BLOCK_X": 64, "BLOCK_Y": 32}, 4, 2), ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2)),
     key=_KEY,
 )(_gradient)
+_tuned_multiply = triton.autotune(
+    _configs(
+        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 3),
+        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
+        ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),
+    ),
+    key=["bucket", "BLOCK_K"],
+)(_multiply)
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -706,16 +666,6 @@ class _Block(NamedTuple):
         return p.stop - p.start, r.stop - r.start, k.stop - k.start
 
 
-def _blocks(sizes: tuple[int, int, int], rows: int, keys: int, *, halved: bool = False) -> Iterator[_Block]:
-    """Blocks of at most `rows` x `keys`: several problems, or a part of one; `halved`: none below the diagonal."""
-    P, N, M = sizes
-    problems = max(1, rows * keys // (N * M)) if rows >= N and keys >= M else 1
-    for p in range(0, P, problems):
-        for i in range(0, N, rows):
-            for j in range(i if halved else 0, M, keys):
-                yield _Block(slice(p, min(p + problems, P)), slice(i, min(i + rows, N)), slice(j, min(j + keys, M)))
-
-
 class _Run:
     """One evaluation: the operands as the kernels take them, and the order in which the kernels run."""
 
@@ -744,66 +694,51 @@ class _Run:
         self.gradients = [
             self._empty(*x.shape) if want else None for x, want in ((self.query, wants_query), (self.key, wants_key))
         ]
+        self.wants_features = wants_query or wants_key
         self.outcomes = self._empty(OUTCOMES, self.P, self.N)
         self.column_outcomes = self._empty(OUTCOMES, self.P, self.N) if self.symmetric else None
         slopes, column_slopes = (None if x is None else x[8:] for x in (self.outcomes, self.column_outcomes))
         self.anchors = (slopes, slopes if self.alone else column_slopes)  # Slopes of queries and keys
-        self.unit = self._unit() if self.dtype == torch.float16 and (wants_query or wants_key) else None
+        self.unit = self._unit() if self.dtype == torch.float16 and self.wants_features else None
 
         self.narrow = self.D * self.dtype.itemsize <= NARROW_BYTES
-        block_d = max(16, triton.next_power_of_2(self.D)) if self.narrow else 128 // self.dtype.itemsize
-        if INTERPRETED and not self.narrow:
-            block_d = 16
-        self.blocks = {"BLOCK_D": block_d, "EVEN": self.D % block_d == 0}
+        self.block_x = 16 if INTERPRETED else 64
+        self.part_keys = triton.cdiv(triton.cdiv(self.M, MAX_PARTS), self.block_x) * self.block_x
         self.bucket = (self.P * self.N).bit_length() * 4096 + self.M.bit_length() * 64 + self.D.bit_length()
+        # Three tf32 products are as exact as one in fp32, and several times faster.
+        self.precision = "tf32x3" if self.dtype == torch.float32 and torch.version.hip is None else "ieee"
+        block_d = max(16, triton.next_power_of_2(self.D)) if self.narrow else 16
+        self.chip = {  # for kernels that multiply on the chip
+            "D": self.D,
+            "bucket": self.bucket,
+            "PRECISION": self.precision,
+            "BLOCK_D": block_d,
+            "EVEN": block_d == self.D,
+        }
         weighted = problem.weights is not None
         self.sides = (
             (self.query, self.query_scale, problem.query_labels, self.N, weighted),
             (self.key, self.key_scale, problem.key_labels, self.M, weighted and problem.pairing.shared_weights),
         )
-        self.common = {
+        self.pairs = {
             "weights": problem.weights,
             "temperature": self.temperature,
             "bias": self.bias,
             "P": self.P,
             "N": self.N,
-            "D": self.D,
             "own_shift": problem.pairing.own_shift(self.N),
             "RULE": 0 if problem.query_labels is None else SAME_LABEL.index(problem.same_label),
             "SELF": self.alone,
         }
-        self.tuning = {
-            "bucket": self.bucket,
-            # Three tf32 products are as exact as one in fp32, and several times faster.
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 and torch.version.hip is None else "ieee",
-        }
 
     def results(self) -> tuple[RowResults, Tensor, Tensor]:
         """Results of the rows, and their parts of the gradients of temperature and bias, [P, N] each."""
-        sizes = self.P, self.N, self.M
-        everything = next(_blocks(sizes, self.P * self.N, self.M))
-        wide = not self.narrow and any(g is not None for g in self.gradients)
-        rows = KEPT_ENTRIES // self.M
-        all_first = self.alone or self.symmetric  # every row has to be seen before any gradient is formed
-        if wide and rows >= (self.P * self.N if all_first else min(self.N, KEPT_ROWS)):
-            blocks = list(_blocks(sizes, rows, self.M))
-            logits, slopes = self._buffer(blocks, torch.float32), self._buffer(blocks, self.dtype)
-            for block in blocks:
-                self._see(block, logits)
-                self._add(block, self._slopes(block, slopes, logits))
-        else:
-            self._see(everything)
-            if wide:
-                keys = min(self.M, max(BLOCK_SIDE, BLOCK_SIDE**2 // self.N))
-                blocks = list(_blocks(sizes, BLOCK_SIDE**2 // keys, keys, halved=self.alone))
-                slopes = self._buffer(blocks, self.dtype)
-                for block in blocks:
-                    self._add(block, self._slopes(block, slopes))
-            else:
+        if self.narrow:
+            list(self._settled(self.P * self.N, self.M))
+            if self.wants_features:
                 self._form_gradients()
-        if wide:
-            self._project()
-
+        else:
+            self._run_wide()
         outcomes = self.outcomes[:8]
         if self.column_outcomes is not None:
             mean = (self.outcomes[:6] + self.column_outcomes[:6]) / 2
@@ -811,46 +746,80 @@ class _Run:
         *of_rows, logit_dot, logit_sum = outcomes.unbind()
         return RowResults(*of_rows), logit_dot, logit_sum
 
-    def _see(self, block: _Block, logits: Tensor | None = None) -> None:
-        """Settles the block's queries, which it holds with all their keys; and the keys, if they are anchors."""
-        step = 16 if INTERPRETED else 64
-        part_keys = triton.cdiv(triton.cdiv(self.M, MAX_PARTS), step) * step
-        block_x = 16 if INTERPRETED else 64 if self.P * self.N <= 1024 else 128
-        row_parts = self._empty(triton.cdiv(self.M, part_keys), PLANES, self.P, self.N)
-
-        def see(panel: _Block, column_parts: Tensor | None = None) -> None:
-            problems, rows, _ = panel.shape
-            _tuned_statistics[(problems * triton.cdiv(rows, block_x) * len(row_parts),)](
-                **self._operands(),
-                row_parts=row_parts,
-                column_parts=column_parts,
-                logits=logits,
-                first_problem=panel.problems.start,
-                first_row=panel.rows.start,
-                row_count=rows,
-                part_count=len(row_parts),
-                part_keys=part_keys,
-                WHOLE=self.narrow,
-                BLOCK_X=block_x,
-                **self.blocks,
-            )
-
-        if self.column_outcomes is None:
-            see(block)
+    def _run_wide(self) -> None:
+        entries = min(BLOCK_ENTRIES, self.P * self.N * self.M)
+        products = self._empty(entries)
+        slopes = self._empty(entries, dtype=self.dtype) if self.wants_features else None
+        rows = BLOCK_ENTRIES // self.M
+        before_gradient = self.P * self.N if self.alone or self.symmetric else min(self.N, KEPT_ROWS)
+        if rows >= before_gradient:
+            for block in self._settled(rows, self.M, products):
+                if slopes is not None:
+                    self._add(block, self._form_slopes(block, products, slopes))
         else:
-            # Every block of rows is a part of the columns. After each panel of them what is known goes into part 0.
-            height = block_x * max(1, COLUMN_BYTES // (4 * PLANES * self.P * self.N))
-            column_parts = self._empty(1 + triton.cdiv(min(height, self.N), block_x), PLANES, self.P, self.N)
-            known = column_parts[:0]
-            for first in range(0, self.N, height):
-                panel = block._replace(rows=slice(first, min(first + height, self.N)))
-                if first:
-                    plane = self.P * self.N
-                    _merge[(triton.cdiv(plane, 128),)](known, column_parts, len(known), plane, BLOCK=128)
-                see(panel, column_parts[1:])
-                known = column_parts[0 if first else 1 : 1 + triton.cdiv(panel.shape[1], block_x)]
-            self._settle(block, known, self.column_outcomes)
-        self._settle(block, row_parts, self.outcomes)
+            keys = max(1, BLOCK_SIDE // self.part_keys) * self.part_keys
+            list(self._settled(max(1, BLOCK_ENTRIES // keys), keys, products))
+            if slopes is not None:
+                for block in self._blocks():
+                    self._form_products(block, products)
+                    self._add(block, self._form_slopes(block, products, slopes))
+        for gradient, (x, scale, *_) in zip(self.gradients, self.sides, strict=True):
+            if gradient is not None and (scale is not None or self.unit is not None):
+                self._by_rows(_project, x, gradient, x, scale, self.unit)
+
+    def _settled(self, rows: int, keys: int, products: Tensor | None = None) -> Iterator[_Block]:
+        """Sees all pairs, `rows` x `keys` of them at a time, and yields the blocks of rows whose outcomes are known.
+
+        Their products are left in `products`, where given, if `keys` is all of them.
+        """
+        problems, height = max(1, rows // self.N), min(rows, self.N)
+        row_parts = self._empty(triton.cdiv(self.M, self.part_keys), PLANES, self.P, self.N)
+        column_parts = known = None
+        if self.symmetric:
+            # Every block of rows is a part of the columns. After each panel of them, all that is known goes to part 0.
+            height = min(height, self.block_x * max(1, COLUMN_BYTES // (4 * PLANES * self.P * self.N)))
+            column_parts = self._empty(1 + triton.cdiv(height, self.block_x), PLANES, self.P, self.N)
+        for first in range(0, self.N, height):
+            last = min(first + height, self.N)
+            if known is not None and column_parts is not None:
+                plane = self.P * self.N
+                _merge[(triton.cdiv(plane, 128),)](known, column_parts, len(known), plane, BLOCK=128)
+            for p in range(0, self.P, problems):
+                panel = _Block(slice(p, min(p + problems, self.P)), slice(first, last), slice(0, self.M))
+                for first_key in range(0, self.M, keys):
+                    block = panel._replace(keys=slice(first_key, min(first_key + keys, self.M)))
+                    if products is not None:
+                        self._form_products(block, products)
+                    self._see(block, products, row_parts[first_key // self.part_keys :], column_parts)
+                if not self.symmetric:
+                    self._settle(panel, row_parts, self.outcomes)
+                    yield panel
+            if column_parts is not None:
+                known = column_parts[int(first == 0) : 1 + triton.cdiv(last - first, self.block_x)]
+        if known is not None and self.column_outcomes is not None:
+            everything = _Block(slice(0, self.P), slice(0, self.N), slice(0, self.M))
+            self._settle(everything, row_parts, self.outcomes)
+            self._settle(everything, known, self.column_outcomes)
+            yield everything
+
+    def _see(self, block: _Block, products: Tensor | None, row_parts: Tensor, column_parts: Tensor | None) -> None:
+        problems, rows, keys = block.shape
+        parts = triton.cdiv(keys, self.part_keys)
+        _tuned_statistics[(problems * triton.cdiv(rows, self.block_x) * parts,)](
+            **self._operands(),
+            **self.chip,
+            products=products,
+            row_parts=row_parts,
+            column_parts=None if column_parts is None else column_parts[1:],
+            first_problem=block.problems.start,
+            first_row=block.rows.start,
+            row_count=rows,
+            first_key=block.keys.start,
+            key_count=keys,
+            part_count=parts,
+            part_keys=self.part_keys,
+            BLOCK_X=self.block_x,
+        )
 
     def _settle(self, block: _Block, parts: Tensor, outcomes: Tensor) -> None:
         problems, rows, _ = block.shape
@@ -870,67 +839,6 @@ class _Run:
             BLOCK=128,
         )
 
-    def _slopes(self, block: _Block, buffer: Tensor, logits: Tensor | None = None) -> Tensor:
-        """unit * d total / d product of a block."""
-        problems, rows, keys = block.shape
-        _tuned_slopes[
-            lambda blocks: (problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(keys, blocks["BLOCK_Y"]),)
-        ](
-            **self._operands(),
-            x_anchors=self.anchors[0],
-            y_anchors=self.anchors[1],
-            unit=self.unit,
-            logits=logits,
-            slopes=buffer,
-            first_problem=block.problems.start,
-            first_row=block.rows.start,
-            row_count=rows,
-            first_key=block.keys.start,
-            key_count=keys,
-            **self.blocks,
-        )
-        return buffer[: problems * rows * keys].view(block.shape)
-
-    def _add(self, block: _Block, slopes: Tensor) -> None:
-        """Adds to the gradients what follows from the slopes of a block.
-
-        The first product of a gradient overwrites it. Tuning, which repeats a launch, happens there and adds nothing.
-        """
-        p, rows, keys = block
-        of_queries, of_keys = self.gradients
-        if of_queries is not None:
-            first = keys.start == 0 and (rows.start == 0 or not self.alone)
-            self._accumulate(of_queries[p, rows], slopes, self.key[p, keys], add=not first)
-        if self.alone and keys.start > rows.start:  # stands for the block on the other side of the diagonal
-            of_keys = of_queries
-        if of_keys is not None:
-            self._accumulate(of_keys[p, keys], slopes.mT, self.query[p, rows], add=rows.start > 0)
-
-    def _accumulate(self, gradient: Tensor, slopes: Tensor, features: Tensor, *, add: bool) -> None:
-        problems, rows, inner = slopes.shape
-        _tuned_accumulate[
-            lambda blocks: (problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(self.D, blocks["BLOCK_D"]),)
-        ](
-            slopes,
-            features,
-            gradient,
-            *slopes.stride(),
-            features.stride(0),
-            gradient.stride(0),
-            rows,
-            inner,
-            self.D,
-            **self.tuning,
-            ADD=add,
-            BLOCK_K=self.blocks["BLOCK_D"],
-        )
-
-    def _project(self) -> None:
-        """From the gradients with respect to unit rows to those with respect to the rows themselves."""
-        for gradient, (x, scale, *_) in zip(self.gradients, self.sides, strict=True):
-            if gradient is not None and (scale is not None or self.unit is not None):
-                self._by_rows(_project, x, gradient, x, scale, self.unit)
-
     def _form_gradients(self) -> None:
         """The gradients of narrow features."""
         of_queries, of_keys = self.anchors
@@ -939,17 +847,93 @@ class _Run:
                 rows = gradient.shape[1]
                 _tuned_gradient[lambda blocks, rows=rows: (self.P * triton.cdiv(rows, blocks["BLOCK_X"]),)](
                     **self._operands(exchanged=bool(exchanged)),
+                    **self.chip,
                     x_anchors=of_keys if exchanged else of_queries,
                     y_anchors=of_queries if exchanged else of_keys,
                     unit=self.unit,
                     gradient=gradient,
-                    **self.blocks,
                 )
+
+    def _blocks(self) -> Iterator[_Block]:
+        """Blocks of the second sweep; of a set against itself, squares on and above the diagonal."""
+        keys = min(self.M, max(BLOCK_SIDE, BLOCK_SIDE**2 // self.N))
+        rows = max(1, BLOCK_SIDE**2 // keys)
+        problems = max(1, rows * keys // (self.N * self.M)) if rows >= self.N and keys >= self.M else 1
+        for p in range(0, self.P, problems):
+            for i in range(0, self.N, rows):
+                for j in range(i if self.alone else 0, self.M, keys):
+                    yield _Block(
+                        slice(p, min(p + problems, self.P)),
+                        slice(i, min(i + rows, self.N)),
+                        slice(j, min(j + keys, self.M)),
+                    )
+
+    def _form_products(self, block: _Block, buffer: Tensor) -> None:
+        p, rows, keys = block
+        products = buffer[: math.prod(block.shape)].view(block.shape)
+        self._multiply(products, self.query[p, rows], self.key[p, keys].mT, add=False)
+
+    def _form_slopes(self, block: _Block, products: Tensor, buffer: Tensor) -> Tensor:
+        """unit * d total / d product of a block."""
+        problems, rows, keys = block.shape
+        blocks = {"BLOCK_X": 16, "BLOCK_Y": 16 if INTERPRETED else 128}
+        operands = self._operands()
+        del operands["x"], operands["y"]
+        _slopes[(problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(keys, blocks["BLOCK_Y"]),)](
+            **operands,
+            x_anchors=self.anchors[0],
+            y_anchors=self.anchors[1],
+            unit=self.unit,
+            products=products,
+            slopes=buffer,
+            first_problem=block.problems.start,
+            first_row=block.rows.start,
+            row_count=rows,
+            first_key=block.keys.start,
+            key_count=keys,
+            **blocks,
+        )
+        return buffer[: problems * rows * keys].view(block.shape)
+
+    def _add(self, block: _Block, slopes: Tensor) -> None:
+        """Adds to the gradients what follows from a block's slopes. The first block of a gradient overwrites it."""
+        p, rows, keys = block
+        of_queries, of_keys = self.gradients
+        if of_queries is not None:
+            first = keys.start == 0 and (rows.start == 0 or not self.alone)
+            self._multiply(of_queries[p, rows], slopes, self.key[p, keys], add=not first)
+        if self.alone and keys.start > rows.start:  # stands for the block on the other side of the diagonal too
+            of_keys = of_queries
+        if of_keys is not None:
+            self._multiply(of_keys[p, keys], slopes.mT, self.query[p, rows], add=rows.start > 0)
+
+    def _multiply(self, out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+        """out = a @ b, or out += a @ b."""
+        problems, rows, columns = out.shape
+        transposed = 2 * (a.stride(2) != 1) + (b.stride(2) != 1)
+        _tuned_multiply[
+            lambda blocks: (problems * triton.cdiv(rows, blocks["BLOCK_X"]) * triton.cdiv(columns, blocks["BLOCK_Y"]),)
+        ](
+            a,
+            b,
+            out,
+            *a.stride(),
+            *b.stride(),
+            *out.stride()[:2],
+            rows,
+            columns,
+            a.shape[2],
+            # Tuning repeats a launch, so it must not meet one that adds: of each orientation the first never does.
+            self.bucket * 4 + transposed,
+            ADD=add,
+            PRECISION=self.precision,
+            BLOCK_K=16 if INTERPRETED else 128 // self.dtype.itemsize,
+        )
 
     def _operands(self, *, exchanged: bool = False) -> dict[str, Any]:
         """What kernels over pairs share. x is the side that a program holds, y the one that it walks over: queries and
         keys, or exchanged."""
-        operands = {**self.common, **self.tuning}
+        operands = dict(self.pairs)
         for side, (features, scale, labels, count, weighted) in zip(
             "yx" if exchanged else "xy", self.sides, strict=True
         ):
@@ -962,9 +946,6 @@ class _Run:
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def _buffer(self, blocks: list[_Block], dtype: torch.dtype) -> Tensor:
-        return self._empty(max(p * r * k for p, r, k in (block.shape for block in blocks)), dtype=dtype)
 
     def _scalar(self, value: Tensor) -> Tensor:
         """On the device: a number is filled in, which needs no synchronisation as a copy would."""
