@@ -280,7 +280,7 @@ def _inverse_norms(x, inverse_norms, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.c
         value = tl.load(x + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         squares += value * value
     norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(inverse_norms + i, tl.where(norm == 0, 0.0, 1.0 / norm), mask=i < rows)
+    tl.store(inverse_norms + i, 1.0 / tl.where(norm == 0, float("inf"), norm), mask=i < rows)
 
 
 @triton.jit
@@ -602,30 +602,60 @@ def _gradient(
     tl.store(at, total, mask=(i < X)[:, None] & (d < D)[None, :])
 
 
-def _configs(*choices: tuple[dict[str, int], int, int]) -> list[Any]:
-    """Tuning configurations from (block sizes, warps, stages): all of them tiny in the interpreter."""
+def _shared_memory() -> int:
+    """Bytes of shared memory that a block may use on the current device."""
+    device = triton.runtime.driver.active.get_current_device()
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
+def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **arguments: Any) -> list[Any]:
+    """The configurations that fit into a chip's shared memory and registers for the arguments of a launch."""
+    arguments = {**named_arguments, **arguments}
+
+    def fits(config: Any) -> bool:
+        blocks = config.kwargs
+        if "a" in arguments:  # _multiply
+            stage = (blocks["BLOCK_X"] + blocks["BLOCK_Y"]) * arguments["BLOCK_K"] * arguments["a"].element_size()
+            return bool(config.num_stages * stage <= _shared_memory())
+        if "row_parts" in arguments:  # _statistics
+            return blocks["BLOCK_Y"] <= 32 or arguments["column_parts"] is None
+        return blocks["BLOCK_X"] <= 64 or arguments["BLOCK_D"] * arguments["x"].element_size() <= 256  # _gradient
+
+    return [config for config in configs if fits(config)]
+
+
+def _tuned(kernel: Any, key: list[str], *choices: tuple[dict[str, int], int, int]) -> Any:
+    """The kernel, tuned anew for each value of `key` over (block sizes, warps, stages). The interpreter has one choice.
+
+    Sizes enter the key by their powers of two, so that a last, smaller batch is not tuned for.
+    """
     if INTERPRETED:
-        return [triton.Config(dict.fromkeys(choices[0][0], 16))]
-    return [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
+        configs = [triton.Config(dict.fromkeys(choices[0][0], 16))]
+    else:
+        configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _usable_configs})(kernel)
 
 
-_KEY = ["bucket", "RULE", "BLOCK_D"]
-_tuned_statistics = triton.autotune(
-    _configs(({"BLOCK_Y": 32}, 4, 3), ({"BLOCK_Y": 64}, 8, 3)),
-    key=_KEY,
-)(_statistics)
-_tuned_gradient = triton.autotune(
-    _configs(({"BLOCK_X": 64, "BLOCK_Y": 32}, 4, 2), ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2)),
-    key=_KEY,
-)(_gradient)
-_tuned_multiply = triton.autotune(
-    _configs(
-        ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 3),
-        ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
-        ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),
-    ),
-    key=["bucket", "BLOCK_K"],
-)(_multiply)
+_tuned_statistics = _tuned(
+    _statistics,
+    ["bucket", "RULE", "BLOCK_D"],
+    ({"BLOCK_Y": 32}, 8, 3),
+    ({"BLOCK_Y": 64}, 8, 3),
+)
+_tuned_gradient = _tuned(
+    _gradient,
+    ["bucket", "RULE", "BLOCK_D"],
+    ({"BLOCK_X": 64, "BLOCK_Y": 32}, 8, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
+)
+_tuned_multiply = _tuned(
+    _multiply,
+    ["bucket", "BLOCK_K"],
+    ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
+    ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),
+)
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
