@@ -31,7 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors: Triton decides it when they are defined."""
 
 NARROW_BYTES = 512
-"""Features of a row up to which gradients are formed on the chip: D = 256 in half precision, 128 in fp32."""
+"""Features of a row up to which gradients are formed on the chip: D = 256 in half precision, 64 in fp32, whose products
+take more registers."""
 
 BLOCK_ENTRIES = 1 << 24
 """Products (fp32) and slopes (the features' dtype) of a block in memory: 96 MiB in half precision, 128 in fp32."""
@@ -612,14 +613,19 @@ def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **argum
     """The configurations that fit into a chip's shared memory and registers for the arguments of a launch."""
     arguments = {**named_arguments, **arguments}
 
+    item = arguments["a" if "a" in arguments else "x"].element_size()
+
     def fits(config: Any) -> bool:
         blocks = config.kwargs
         if "a" in arguments:  # _multiply
-            stage = (blocks["BLOCK_X"] + blocks["BLOCK_Y"]) * arguments["BLOCK_K"] * arguments["a"].element_size()
-            return bool(config.num_stages * stage <= _shared_memory())
+            rows, columns = blocks["BLOCK_X"], blocks["BLOCK_Y"]
+            if item == 4 and rows * columns > 64 * 128:  # tf32x3 splits its operands in registers
+                return False
+            return int(config.num_stages * (rows + columns) * arguments["BLOCK_K"] * item) <= _shared_memory()
+        row_bytes = arguments["BLOCK_D"] * item
         if "row_parts" in arguments:  # _statistics
-            return blocks["BLOCK_Y"] <= 32 or arguments["column_parts"] is None
-        return blocks["BLOCK_X"] <= 64 or arguments["BLOCK_D"] * arguments["x"].element_size() <= 256  # _gradient
+            return blocks["BLOCK_Y"] <= 32 or bool(arguments["column_parts"] is None and row_bytes <= 256)
+        return blocks["BLOCK_X"] <= (32 if item == 4 else 64 if row_bytes > 256 else 128)  # _gradient
 
     return [config for config in configs if fits(config)]
 
@@ -645,6 +651,7 @@ _tuned_statistics = _tuned(
 _tuned_gradient = _tuned(
     _gradient,
     ["bucket", "RULE", "BLOCK_D"],
+    ({"BLOCK_X": 32, "BLOCK_Y": 32}, 8, 2),
     ({"BLOCK_X": 64, "BLOCK_Y": 32}, 8, 2),
     ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
 )
@@ -652,6 +659,7 @@ _tuned_multiply = _tuned(
     _multiply,
     ["bucket", "BLOCK_K"],
     ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
     ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 2),
     ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
     ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),
@@ -731,7 +739,7 @@ class _Run:
         self.anchors = (slopes, slopes if self.alone else column_slopes)  # Slopes of queries and keys
         self.unit = self._unit() if self.dtype == torch.float16 and self.wants_features else None
 
-        self.narrow = self.D * self.dtype.itemsize <= NARROW_BYTES
+        self.narrow = self.D * self.dtype.itemsize <= NARROW_BYTES // (2 if self.dtype == torch.float32 else 1)
         self.block_x = 16 if INTERPRETED else 64
         self.part_keys = triton.cdiv(triton.cdiv(self.M, MAX_PARTS), self.block_x) * self.block_x
         self.bucket = (self.P * self.N).bit_length() * 4096 + self.M.bit_length() * 64 + self.D.bit_length()

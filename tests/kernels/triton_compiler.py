@@ -68,7 +68,7 @@ class Binary(NamedTuple):
 def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The sets of switches that a kernel is compiled with: the one that needs most registers first."""
     precision = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
-    width = triton_kernels.NARROW_BYTES // dtype.itemsize
+    width = 64 if dtype == torch.float32 else 256
     unit = {} if dtype == torch.float16 else {"unit": None}
     pairs = {"bias": None, "RULE": 2, "SELF": False, "X_WEIGHTED": True, "Y_WEIGHTED": True}
     few = {**pairs, "RULE": 0, "X_WEIGHTED": False, "Y_WEIGHTED": False, "weights": None, "x_scale": None}
