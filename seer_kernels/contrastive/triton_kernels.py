@@ -624,7 +624,8 @@ def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **argum
             return int(config.num_stages * (rows + columns) * arguments["BLOCK_K"] * item) <= _shared_memory()
         row_bytes = arguments["BLOCK_D"] * item
         if "row_parts" in arguments:  # _statistics
-            return blocks["BLOCK_Y"] <= 32 or bool(arguments["column_parts"] is None and row_bytes <= 256)
+            few = arguments["column_parts"] is None and row_bytes <= (64 if item == 4 else 256)
+            return bool(blocks["BLOCK_Y"] <= 32 or few)
         return blocks["BLOCK_X"] <= (32 if item == 4 else 64 if row_bytes > 256 else 128)  # _gradient
 
     return [config for config in configs if fits(config)]
