@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seer_kernels.contrastive.problem import SAME_LABEL, Gradients, Problem, RowResults, Wanted, row_weights
+from seer_kernels.contrastive.problem import SAME_LABEL, Gradients, Problem, RowResults, Slopes, Wanted, row_weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors: Triton decides it when they are defined."""
@@ -626,7 +626,7 @@ def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **argum
         if "row_parts" in arguments:  # _statistics
             few = arguments["column_parts"] is None and row_bytes <= (64 if item == 4 else 256)
             return bool(blocks["BLOCK_Y"] <= 32 or few)
-        return blocks["BLOCK_X"] <= (32 if item == 4 else 64 if row_bytes > 256 else 128)  # _gradient
+        return bool(blocks["BLOCK_X"] <= (32 if item == 4 else 64 if row_bytes > 256 else 128))  # _gradient
 
     return [config for config in configs if fits(config)]
 
@@ -677,19 +677,34 @@ def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradient
     return _evaluate(problem, row_gradient, wanted)[1]
 
 
+def statistics(problem: Problem, anchors: Tensor) -> None:
+    """Adds to what is known of the queries of a "softmax" problem (`Anchors`, [9, P, N]) what its keys tell of them."""
+    with torch.cuda.device_of(problem.query):
+        run = _Run(problem, torch.zeros_like(anchors[0]), Wanted(False, False, False, False))
+        run.results()
+        parts, plane = torch.cat([anchors.unsqueeze(0), run.row_parts]), anchors[0].numel()
+        _merge[(triton.cdiv(plane, 128),)](parts, anchors, len(parts), plane, BLOCK=128)
+
+
+def slope_gradients(problem: Problem, slopes: Tensor, wanted: Wanted) -> Gradients:
+    """What the keys of a "softmax" problem add to the gradients of the features, given the `Slopes` [3, P, N] of the
+    queries as anchors that saw these and other keys."""
+    with torch.cuda.device_of(problem.query):
+        run = _Run(problem, Slopes(*slopes.unbind()).slope, wanted)
+        run.anchors = (slopes, slopes if run.alone else None)
+        run.form_gradients()
+        return Gradients(*run.feature_gradients(problem, wanted), None, None)
+
+
 def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
     with torch.cuda.device_of(problem.query):
         run = _Run(problem, row_gradient.contiguous(), wanted)
         results, logit_dot, logit_sum = run.results()
-        query, key = run.gradients
-    if problem.pairing.name == "views" and query is not None:
-        query, key = query.split(problem.query.shape[1], 1)
-    return results, Gradients(
-        query if wanted.query else None,
-        key if wanted.key else None,
-        -logit_dot.sum(-1) / run.temperature if wanted.temperature else None,
-        logit_sum.sum(-1) if wanted.bias else None,
-    )
+        return results, Gradients(
+            *run.feature_gradients(problem, wanted),
+            -logit_dot.sum(-1) / run.temperature if wanted.temperature else None,
+            logit_sum.sum(-1) if wanted.bias else None,
+        )
 
 
 class _Block(NamedTuple):
@@ -754,6 +769,7 @@ class _Run:
             "BLOCK_D": block_d,
             "EVEN": block_d == self.D,
         }
+        self.row_parts = self._empty(triton.cdiv(self.M, self.part_keys), PLANES, self.P, self.N)
         weighted = problem.weights is not None
         self.sides = (
             (self.query, self.query_scale, problem.query_labels, self.N, weighted),
@@ -771,13 +787,22 @@ class _Run:
         }
 
     def results(self) -> tuple[RowResults, Tensor, Tensor]:
-        """Results of the rows, and their parts of the gradients of temperature and bias, [P, N] each."""
+        """Results of the rows, and their parts of the gradients of temperature and bias, [P, N] each; forms the
+        gradients of the features on the way."""
+        rows = BLOCK_ENTRIES // self.M
         if self.narrow:
             list(self._settled(self.P * self.N, self.M))
-            if self.wants_features:
-                self._form_gradients()
+            self.form_gradients()
+        elif rows >= (self.P * self.N if self.alone or self.symmetric else min(self.N, KEPT_ROWS)):
+            products, slopes = self._buffers()
+            for block in self._settled(rows, self.M, products):
+                if self.wants_features:
+                    self._add(block, self._form_slopes(block, products, slopes))
+            self._project()
         else:
-            self._run_wide()
+            keys = max(1, BLOCK_SIDE // self.part_keys) * self.part_keys
+            list(self._settled(max(1, BLOCK_ENTRIES // keys), keys, self._buffers()[0]))
+            self.form_gradients()
         outcomes = self.outcomes[:8]
         if self.column_outcomes is not None:
             mean = (self.outcomes[:6] + self.column_outcomes[:6]) / 2
@@ -785,23 +810,31 @@ class _Run:
         *of_rows, logit_dot, logit_sum = outcomes.unbind()
         return RowResults(*of_rows), logit_dot, logit_sum
 
-    def _run_wide(self) -> None:
+    def form_gradients(self) -> None:
+        """The gradients of the features, from Slopes that are known of all anchors."""
+        if self.wants_features and self.narrow:
+            self._form_narrow_gradients()
+        elif self.wants_features:
+            products, slopes = self._buffers()
+            for block in self._blocks():
+                self._form_products(block, products)
+                self._add(block, self._form_slopes(block, products, slopes))
+            self._project()
+
+    def feature_gradients(self, problem: Problem, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+        """Those of Problem.query and Problem.key."""
+        query, key = self.gradients
+        if problem.pairing.name == "views" and query is not None:
+            query, key = query.split(problem.query.shape[1], 1)
+        return query if wanted.query else None, key if wanted.key else None
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        """For the products of a block, and the slopes made of them."""
         entries = min(BLOCK_ENTRIES, self.P * self.N * self.M)
-        products = self._empty(entries)
-        slopes = self._empty(entries, dtype=self.dtype) if self.wants_features else None
-        rows = BLOCK_ENTRIES // self.M
-        before_gradient = self.P * self.N if self.alone or self.symmetric else min(self.N, KEPT_ROWS)
-        if rows >= before_gradient:
-            for block in self._settled(rows, self.M, products):
-                if slopes is not None:
-                    self._add(block, self._form_slopes(block, products, slopes))
-        else:
-            keys = max(1, BLOCK_SIDE // self.part_keys) * self.part_keys
-            list(self._settled(max(1, BLOCK_ENTRIES // keys), keys, products))
-            if slopes is not None:
-                for block in self._blocks():
-                    self._form_products(block, products)
-                    self._add(block, self._form_slopes(block, products, slopes))
+        return self._empty(entries), self._empty(entries if self.wants_features else 0, dtype=self.dtype)
+
+    def _project(self) -> None:
+        """From the gradients with respect to unit rows to those with respect to the rows themselves."""
         for gradient, (x, scale, *_) in zip(self.gradients, self.sides, strict=True):
             if gradient is not None and (scale is not None or self.unit is not None):
                 self._by_rows(_project, x, gradient, x, scale, self.unit)
@@ -812,7 +845,6 @@ class _Run:
         Their products are left in `products`, where given, if `keys` is all of them.
         """
         problems, height = max(1, rows // self.N), min(rows, self.N)
-        row_parts = self._empty(triton.cdiv(self.M, self.part_keys), PLANES, self.P, self.N)
         column_parts = known = None
         if self.symmetric:
             # Every block of rows is a part of the columns. After each panel of them, all that is known goes to part 0.
@@ -829,15 +861,15 @@ class _Run:
                     block = panel._replace(keys=slice(first_key, min(first_key + keys, self.M)))
                     if products is not None:
                         self._form_products(block, products)
-                    self._see(block, products, row_parts[first_key // self.part_keys :], column_parts)
+                    self._see(block, products, self.row_parts[first_key // self.part_keys :], column_parts)
                 if not self.symmetric:
-                    self._settle(panel, row_parts, self.outcomes)
+                    self._settle(panel, self.row_parts, self.outcomes)
                     yield panel
             if column_parts is not None:
                 known = column_parts[int(first == 0) : 1 + triton.cdiv(last - first, self.block_x)]
         if known is not None and self.column_outcomes is not None:
             everything = _Block(slice(0, self.P), slice(0, self.N), slice(0, self.M))
-            self._settle(everything, row_parts, self.outcomes)
+            self._settle(everything, self.row_parts, self.outcomes)
             self._settle(everything, known, self.column_outcomes)
             yield everything
 
@@ -878,8 +910,7 @@ class _Run:
             BLOCK=128,
         )
 
-    def _form_gradients(self) -> None:
-        """The gradients of narrow features."""
+    def _form_narrow_gradients(self) -> None:
         of_queries, of_keys = self.anchors
         for exchanged, gradient in enumerate(self.gradients):
             if gradient is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 import seer_kernels
 from seer_kernels import info_nce
 from seer_kernels.contrastive import reference, triton_kernels
-from seer_kernels.contrastive.problem import Pairing, Problem, Wanted
+from seer_kernels.contrastive.problem import Pairing, Problem, Wanted, no_anchors, settle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDE, NARROW = 0, 1 << 30
@@ -146,6 +146,26 @@ def test_kept_panels_of_a_one_sided_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(triton_kernels, "BLOCK_ENTRIES", 160)
     monkeypatch.setattr(triton_kernels, "KEPT_ROWS", 7)
     assert_like_reference(problem_of("rows", "softmax", "negative"))
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("pairing", ["rows", "self"])
+def test_keys_that_come_in_parts(monkeypatch: pytest.MonkeyPatch, pairing: str, width: int) -> None:
+    monkeypatch.setattr(triton_kernels, "NARROW_BYTES", width)
+    problem = problem_of(pairing, "softmax", "positive")
+    wanted = Wanted(True, problem.key is not None, False, False)
+    anchors = no_anchors(problem)
+    expected = no_anchors(widened(problem))
+    for _ in range(2):  # the same keys twice
+        triton_kernels.statistics(problem, anchors)
+        reference.statistics(widened(problem), expected)
+    torch.testing.assert_close(anchors.double(), expected, rtol=1e-5, atol=1e-5)
+    slopes = settle(expected, torch.ones(problem.sizes[:2], dtype=torch.float64), torch.tensor(0.2).double())[1]
+    gradients = triton_kernels.slope_gradients(problem, slopes.float(), wanted)
+    for got, true in zip(gradients, reference.slope_gradients(widened(problem), slopes, wanted), strict=True):
+        assert (got is None) == (true is None)
+        if got is not None and true is not None:
+            torch.testing.assert_close(got.double(), true, rtol=0, atol=3e-6 * float(true.abs().max()))
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE], ids=["narrow", "wide"])
