@@ -453,9 +453,10 @@ def _loss(
     _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
     _checks.check_scalar("temperature", temperature)
     leading, accumulate = query.shape[:-2], accumulation_dtype(query.dtype)
+    problems = leading.numel()
     rows = query.shape[-2] * (2 if pairing == "views" else 1)
     if weights is not None:
-        weights = _checks.check_weights(weights, leading, rows, query.device).reshape(-1, rows)
+        weights = _checks.check_weights(weights, leading, rows, query.device).reshape(problems, rows)
     if not isinstance(temperature, Tensor):
         _checks.check_temperature_value(temperature)
         temperature = torch.tensor(temperature, dtype=accumulate)
@@ -465,12 +466,12 @@ def _loss(
     wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable)
     loss: Tensor
     loss, statistics = _contrastive(
-        query.reshape(-1, *query.shape[-2:]),
-        None if key is None else key.reshape(-1, *key.shape[-2:]),
+        query.reshape(problems, *query.shape[-2:]),
+        None if key is None else key.reshape(problems, *key.shape[-2:]),
         temperature,
         bias,
-        None if query_labels is None else query_labels.reshape(-1, query_labels.shape[-1]),
-        None if key_labels is None else key_labels.reshape(-1, key_labels.shape[-1]),
+        None if query_labels is None else query_labels.reshape(problems, query_labels.shape[-1]),
+        None if key_labels is None else key_labels.reshape(problems, key_labels.shape[-1]),
         weights,
         form,
         pairing,
