@@ -35,8 +35,8 @@ from typing_extensions import Required, Unpack
 
 from seer_kernels import _checks, _dispatch
 from seer_kernels._ranks import Gather, Ring, SumOverRanks, Team
-from seer_kernels.contrastive import ContrastiveStatistics, native, reference
-from seer_kernels.contrastive.functional import REDUCTIONS, _check_values, _no_pairs, _pair_labels
+from seer_kernels.contrastive import ContrastiveStatistics, native
+from seer_kernels.contrastive.functional import REDUCTIONS, _backend, _check_values, _no_pairs, _pair_labels
 from seer_kernels.contrastive.problem import (
     SAME_LABEL,
     Gradients,
@@ -603,18 +603,20 @@ class _Rows(torch.autograd.Function):
         )
 
 
-def _backend(requested: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend that compares with keys in parts."""
+def _backend_for_parts(requested: str, query: Tensor) -> Any:
+    """The module to run on keys that come in parts."""
     _checks.check_choice("backend", requested, ("auto", *_dispatch.BACKENDS))
-    name = _dispatch.choose(requested, device, dtype)
-    if name == "native" and device.type in native.PARTS_ON:
-        return native
-    if requested not in ("auto", "reference"):
+    module = _backend(requested, query)
+    if module is not native or query.device.type in native.PARTS_ON:
+        return module
+    if requested == "native":
         raise RuntimeError(
-            f"backend={requested!r} has no kernels on {device.type} for keys that come in parts, as those of other "
+            f"backend='native' has no kernels on {query.device.type} for keys that come in parts, as those of other "
             "ranks do. Available there: 'auto', 'reference'"
         )
-    return reference
+    triton = _dispatch.backends()["triton"]
+    usable = query.device.type in triton.devices and query.dtype in _dispatch.DTYPES["triton"]
+    return _backend("triton" if usable else "reference", query)
 
 
 def _across_ranks(
@@ -626,7 +628,7 @@ def _across_ranks(
         _checks.check_choice("mode", options.mode, MODES)
         _checks.check_choice("reduction", options.reduction, REDUCTIONS)
         batch = prepare()
-        backend = _backend(options.backend, batch.query.device, batch.query.dtype)
+        backend = _backend_for_parts(options.backend, batch.query)
     except Exception:
         _agree(team, None)
         raise

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import seer_kernels
-from seer_kernels import _ranks, distributed
+from seer_kernels import MemoryBank, _ranks, cached_backward, distributed
 
 QUERIES, BANK = (3, 5, 0, 2), (2, 0, 4, 1)
 """Samples and further keys of each rank."""
@@ -420,6 +421,70 @@ def disagreements() -> None:
     for arguments, message in others:
         with pytest.raises(ValueError, match=message):
             distributed.info_nce(**{"query": query, "key": key, **(arguments if dist.get_rank() == 1 else {})})
+
+
+class Text(nn.Module):
+    """An encoder with a buffer, which DistributedDataParallel sends from rank 0 when a forward pass begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.inner, self.outer = nn.Linear(5, 8, dtype=torch.float64), nn.Linear(8, 6, dtype=torch.float64)
+        self.register_buffer("offset", torch.ones(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x)) + self.offset)
+
+
+def cached_backward_reduces_once() -> None:
+    """Chunks that differ in number between ranks: one reduction, and the gradients of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sizes = [7, 2, 0, 4][:world]
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(sum(sizes), 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    single = Text()
+    expected = seer_kernels.info_nce(single(queries), single(keys))
+    expected.backward()
+
+    reductions = []
+
+    def counting(state: Any, bucket: Any) -> Any:
+        reductions.append(bucket.index())
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0] / world)
+
+    counting.__annotations__ = {}  # else they would have to be classes, and here they are strings
+    model = DistributedDataParallel(Text())
+    model.register_comm_hook(None, counting)
+    own = [x.split(sizes)[rank] for x in (queries, keys)]
+    for wrapped, no_sync in ((model, None), (lambda x: model(x), model.no_sync)):
+        for mode in distributed.MODES:
+            model.zero_grad()
+            reductions.clear()
+            loss = cached_backward(
+                wrapped, own, partial(distributed.info_nce, mode=mode), chunk_size=2, no_sync=no_sync
+            )
+            assert reductions == [0], reductions
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+            for got, want in zip(model.parameters(), single.parameters(), strict=True):
+                torch.testing.assert_close(got.grad, want.grad, rtol=1e-10, atol=1e-12)
+
+
+def memory_bank_of_all_ranks() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    bank = MemoryBank(7, features=2, gather=True)
+    counts = [2, 3, 0, 1][:world]
+    for step in range(3):
+        numbers = 100.0 * step + 10 * rank + torch.arange(counts[rank])
+        bank(numbers.unsqueeze(1).expand(-1, 2), numbers.long())
+    everything = [100 * step + 10 * r + i for step in range(3) for r in range(world) for i in range(counts[r])]
+    keys, labels = bank.content()
+    assert labels.tolist() == everything[-7:]
+    assert keys[:, 1].tolist() == everything[-7:]
+    wrong = torch.zeros(2, 3) if rank == 1 else torch.zeros(2, 2)
+    message = "keys must have shape" if rank == 1 else "rank 1 raised an error"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        bank.enqueue(wrong, torch.zeros(2, dtype=torch.long))
 
 
 def lost_contact() -> list[tuple[str, float]]:

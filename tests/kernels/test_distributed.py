@@ -18,7 +18,7 @@ import seer_kernels
 from seer_kernels import _ranks, distributed
 
 CHECKS = {
-    2: ["losses", "half_precision_under_autocast"],
+    2: ["losses", "half_precision_under_autocast", "cached_backward_reduces_once"],
     4: [
         "losses",
         "scalars_alone_and_keys_without_gradient",
@@ -27,6 +27,8 @@ CHECKS = {
         "bytes_sent",
         "refused_arguments",
         "disagreements",
+        "cached_backward_reduces_once",
+        "memory_bank_of_all_ranks",
     ],
 }
 
