@@ -73,14 +73,15 @@ class Team:
         if self.size == 1:
             return own.unsqueeze(0)
         everyone = own.new_empty(self.size, *own.shape)
-        flat = everyone.view(-1), own.contiguous().view(-1)
-        self.call(step, dist.all_gather_into_tensor, *flat, group=self.group)
+        if own.numel():
+            flat = everyone.view(-1), own.contiguous().view(-1)
+            self.call(step, dist.all_gather_into_tensor, *flat, group=self.group)
         return everyone
 
     def sum(self, step: str, value: Tensor) -> Tensor:
         """The sum of a tensor over the ranks."""
         value = value.contiguous().clone()
-        if self.size > 1:
+        if self.size > 1 and value.numel():
             self.call(step, dist.all_reduce, value, group=self.group)
         return value
 
@@ -89,7 +90,8 @@ class Team:
         if self.size == 1:
             return values[0]
         home = torch.empty_like(values[0])
-        self.call(step, dist.reduce_scatter_tensor, home.view(-1), values.view(-1), group=self.group)
+        if home.numel():
+            self.call(step, dist.reduce_scatter_tensor, home.view(-1), values.view(-1), group=self.group)
         return home
 
     def shift(self, step: str, outgoing: list[Tensor], incoming: list[Tensor]) -> list[dist.Work]:
@@ -214,7 +216,7 @@ class Ring:
                 gradient += arriving
             arriving = gradient.new_empty(problems, self.sizes[self._source(step + 1)], features)
             doing = self._doing("gradients", step)
-            works = self.team.shift(doing, [gradient], [arriving])
+            works = self.team.shift(doing, [gradient.contiguous()], [arriving])
         self.team.wait(doing, works)
         return None if dtype is None else arriving
 

@@ -619,6 +619,7 @@ def _backend_for_parts(requested: str, query: Tensor) -> Any:
     return _backend("triton" if usable else "reference", query)
 
 
+@torch.compiler.disable  # a graph break: what ranks tell each other decides what is computed
 def _across_ranks(
     prepare: Callable[[], _Batch], options: _Options, group: dist.ProcessGroup | None
 ) -> Tensor | _WithStatistics:
@@ -634,20 +635,21 @@ def _across_ranks(
         raise
     loss, statistics = _evaluate(team, options, backend, batch)
     loss = loss.reshape(batch.leading + loss.shape[1:])
-    if not options.return_stats:
+    if statistics is None:
         return loss
     return loss, ContrastiveStatistics(*(s.reshape(batch.leading) for s in statistics.unbind()))
 
 
-def _evaluate(team: Team, options: _Options, backend: ModuleType, batch: _Batch) -> tuple[Tensor, Tensor]:
-    """The loss [P] or [P, rows], and the statistics [3, P]."""
+def _evaluate(team: Team, options: _Options, backend: ModuleType, batch: _Batch) -> tuple[Tensor, Tensor | None]:
+    """The loss [P] or [P, rows], and the statistics [3, P] if asked for."""
     whole, kept, ragged = batch, None, batch.is_ragged()
     if not ragged:
         batch, kept = batch.existing(options.pairing)
     table = _agree(team, _facts(options, batch, ragged))
     if any(row.ragged for row in table):  # rows that are left differ in number: one problem at a time
         parts = [_evaluate(team, options, backend, whole.problem(p)) for p in range(whole.query.shape[0])]
-        return torch.cat([loss for loss, _ in parts]), torch.cat([statistics for _, statistics in parts], 1)
+        every = [statistics for _, statistics in parts if statistics is not None]
+        return torch.cat([loss for loss, _ in parts]), torch.cat(every, 1) if every else None
 
     sizes = [row.keys for row in table]
     gradients = any(row.query_gradient for row in table), any(row.key_gradient for row in table)
@@ -658,16 +660,17 @@ def _evaluate(team: Team, options: _Options, backend: ModuleType, batch: _Batch)
     results = RowResults(*rows.unbind())
     weight = results.valid if batch.weights is None else results.valid * batch.weights  # [P, N]
 
-    statistics = loss = weight * results.loss
+    loss, statistics = weight * results.loss, None
     if options.reduction != "none" or options.return_stats:
         summands = (results.loss, results.valid, *results[2:4], results.has_negative, results.top1)
         sums = SumOverRanks.apply((weight * torch.stack(summands)).sum(-1), team)  # type: ignore[no-untyped-call]
         total, positive, negative, with_negative, top1 = sums[1:].detach()
         total, with_negative = (torch.where(x > 0, x, 1.0) for x in (total, with_negative))
-        statistics = torch.stack([positive / total, negative / with_negative, top1 / total])
-    if options.reduction != "none":
-        return sums[0] / (total if options.reduction == "mean" else 1.0), statistics
-    if kept is not None:
+        if options.return_stats:
+            statistics = torch.stack([positive / total, negative / with_negative, top1 / total])
+        if options.reduction != "none":
+            loss = sums[0] / total if options.reduction == "mean" else sums[0]
+    if kept is not None and options.reduction == "none":
         loss = loss.new_zeros(whole.query.shape[:2]).index_copy(1, kept, loss)
     return loss, statistics
 
@@ -704,10 +707,11 @@ def _compare(
 ) -> Tensor:
     """RowResults [6, P, N] of this rank's queries against all keys, of which the ranks have `sizes`; `gradients` says
     whether any rank wants that of its queries, and of its keys."""
-    labelled = options.same_label != "negative"
-    labels = (x.contiguous() if x is not None and labelled else None for x in (batch.query_labels, batch.key_labels))
+    query_labels, key_labels = (
+        None if labels is None or options.same_label == "negative" else labels.contiguous()
+        for labels in (batch.query_labels, batch.key_labels)
+    )
     exchange = (Gather if options.mode == "gather" else Ring)(team, sizes)
-    query_labels, key_labels = labels
     comparison = _Comparison(options, exchange, backend, query_labels, key_labels, *gradients)
     loss, others = _Rows.apply(comparison, batch.query, batch.key, batch.temperature, batch.bias)  # type: ignore[no-untyped-call]
     return torch.cat([loss.unsqueeze(0), others])

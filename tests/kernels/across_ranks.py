@@ -283,6 +283,18 @@ def scalars_alone_and_keys_without_gradient() -> None:
                 torch.testing.assert_close(own_k.grad / world, k.grad[mine])
 
 
+def nothing_anywhere() -> None:
+    """Batches without rows on all ranks, and no problems at all."""
+    for mode in distributed.MODES:
+        for shape in ((2, 0, 6), (0, 3, 6)):
+            query, key = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+            loss = distributed.info_nce(query, key, mode=mode, weights=torch.ones(shape[1]))
+            assert loss.shape == shape[:1]
+            assert loss.eq(0).all()
+            loss.sum().backward()
+            assert query.grad.shape == shape
+
+
 def half_precision_under_autocast() -> None:
     """bfloat16 features under autocast: as exact as the local loss, and gradients in bfloat16."""
     rank, world = dist.get_rank(), dist.get_world_size()

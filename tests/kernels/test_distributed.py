@@ -21,6 +21,7 @@ CHECKS = {
     2: ["losses", "half_precision_under_autocast", "cached_backward_reduces_once"],
     4: [
         "losses",
+        "nothing_anywhere",
         "scalars_alone_and_keys_without_gradient",
         "two_backward_passes",
         "groups",
@@ -131,3 +132,19 @@ def test_memory_of_many_ranks(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert peaks[1] < 14 * keys
     else:
         assert peaks[1] >= peaks[0] + 5 * 2 * keys
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations while it compiles
+def test_compiled_callers_break_their_graph_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.Team, "of", lambda *_: Echo(None, 0, 3))
+    query, key = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+
+    def objective(query: Tensor, key: Tensor) -> Tensor:
+        return 2 * distributed.info_nce(query + 1, key, mode="ring")
+
+    actual = torch.compile(objective, backend="aot_eager")(query, key)
+    torch.testing.assert_close(actual, objective(query, key))
+    for got, want in zip(
+        torch.autograd.grad(actual, [query, key]), torch.autograd.grad(objective(query, key), [query, key]), strict=True
+    ):
+        torch.testing.assert_close(got, want)
