@@ -92,7 +92,7 @@ class SeerConfig(TrainingArguments):
     )
     temperature: float = field(default=0.1, metadata={"help": "Temperature of L_d."})
     same_label: SameLabel = field(
-        default="negative",
+        default="ignore",
         metadata={
             "help": "What L_d makes of a pair's keys that share its concept: 'negative' (as in the paper), 'ignore' "
             "(left out of the denominator) or 'positive' (SupCon)."
@@ -120,9 +120,9 @@ class SeerConfig(TrainingArguments):
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of texts per device and step."})
     num_train_epochs: float = field(
-        default=3.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
+        default=2.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of AdamW."})
     lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "Schedule of the learning rate."}
     )

@@ -100,10 +100,10 @@ class ConceptDataset(TextDataset):
             InputError: the message names the file and line.
         """
         rows = list(_read(data, [("prompt", "response", "concept")]))
+        texts = [Text(row["prompt"], row["response"], source) for source, row in rows]
         concepts = [row["concept"] for _, row in rows]
-        dataset = cls([Text(row["prompt"], row["response"], source) for source, row in rows], concepts, names)
-        dataset.names = [name for name in dataset.names if name in set(concepts)]
-        return cls(dataset.texts, concepts, dataset.names)
+        dataset = cls(texts, concepts, names)
+        return cls(texts, concepts, [name for name in dataset.names if name in set(concepts)])
 
     def require_pairs(self) -> None:
         """Raise InputError unless every concept has two samples, which is what a pair takes."""

@@ -137,8 +137,10 @@ def _neighbour_share(directions: np.ndarray, labels: np.ndarray) -> tuple[float,
 
 def _draw(panel: Axes, plane: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
     for index, name in enumerate(names):
+        across, up = plane[labels == index].T
         panel.scatter(
-            *plane[labels == index].T,
+            across,
+            up,
             s=42,
             label=name,
             color=_COLORS[index % len(_COLORS)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +13,7 @@ import torch
 BACKENDS = ("reference", "native", "triton")
 
 AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-"""What `"auto"` tries on a device, best first. The interpreter behind Triton on a CPU is for tests."""
+"""What `"auto"` tries on a device, best first. Triton on a CPU is its interpreter, which is for tests."""
 
 DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
 """The dtypes of features of the backends that do not take all of them."""
@@ -43,7 +44,25 @@ def _native_status() -> BackendStatus:
         return BackendStatus("native", ("cpu",), "no cuda: the native module was built without nvcc")
     if not torch.cuda.is_available():
         return BackendStatus("native", ("cpu",), "no cuda: torch finds no usable CUDA device")
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not _runs_on(_native.cuda_architectures, capability):
+            built = ", ".join(f"sm_{target}" for target in _native.cuda_architectures.split(","))
+            found = f"cuda:{index} is sm_{capability[0]}{capability[1]}"
+            return BackendStatus("native", ("cpu",), f"no cuda: the native module was built for {built}, and {found}")
     return BackendStatus("native", ("cpu", "cuda"), "")
+
+
+def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures` ("80,90") runs on a GPU of this compute capability.
+
+    Machine code runs on the major version it was built for, from its minor version on; the PTX of the newest target on
+    all GPUs that came later.
+    """
+    targets = [divmod(int(target), 10) for target in architectures.split(",")]
+    return capability >= max(targets) or any(
+        major == capability[0] and minor <= capability[1] for major, minor in targets
+    )
 
 
 @cache
@@ -68,28 +87,28 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, lacks: Mapping[str, str]) -> str:
     """The backend to run on `device` for features of `dtype`.
 
-    `"auto"` takes the first that can of those in AUTO, and the reference where there is none. Any other name is a
-    demand: it is met, or a RuntimeError says why it cannot be and what can.
+    `lacks` says, by backend, why it does not serve the problem at hand there (an empty text where it does). `"auto"`
+    takes the first of those in AUTO that can run, and the reference where there is none. Any other name is a demand: it
+    is met, or a RuntimeError says why it cannot be and what can.
     """
-    if requested == "reference":
-        return requested
-    candidates = AUTO.get(device.type, ("reference",)) if requested == "auto" else (requested,)
     status = backends()
-    for name in candidates:
-        if _runs(status[name], device, dtype):
+    obstacles = {name: _obstacle(status[name], device, dtype) or lacks.get(name, "") for name in BACKENDS}
+    for name in AUTO.get(device.type, ("reference",)) if requested == "auto" else (requested,):
+        if not obstacles[name]:
             return name
-    missing = status[requested]
-    reason = missing.reason or f"it has no kernels for {device.type!r} tensors"
-    if device.type in missing.devices:
-        reason = f"it has no kernels for {dtype}"
-    others = ", ".join(repr(s.name) for s in status.values() if s.name == "reference" or _runs(s, device, dtype))
-    raise RuntimeError(f"backend={requested!r} cannot run on {device}: {reason}. Available there: 'auto', {others}")
+    others = ", ".join(repr(name) for name, obstacle in obstacles.items() if not obstacle)
+    raise RuntimeError(
+        f"backend={requested!r} cannot run on {device}: {obstacles[requested]}. Available there: 'auto', {others}"
+    )
 
 
-def _runs(status: BackendStatus, device: torch.device, dtype: torch.dtype) -> bool:
+def _obstacle(status: BackendStatus, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot run at all on a device for a dtype; the reference runs wherever torch does."""
     if status.name == "reference":
-        return True
-    return device.type in status.devices and dtype in DTYPES.get(status.name, (dtype,))
+        return ""
+    if device.type not in status.devices:
+        return status.reason or f"it has no kernels for {device.type!r} tensors"
+    return "" if dtype in DTYPES.get(status.name, (dtype,)) else f"it has no kernels for {dtype}"

@@ -36,7 +36,7 @@ from typing_extensions import Required, Unpack
 from seer_kernels import _checks, _dispatch
 from seer_kernels._ranks import Gather, Ring, SumOverRanks, Team
 from seer_kernels.contrastive import ContrastiveStatistics, native
-from seer_kernels.contrastive.functional import REDUCTIONS, _backend, _check_values, _no_pairs, _pair_labels
+from seer_kernels.contrastive.functional import REDUCTIONS, _check_values, _no_pairs, _pair_labels, backend_module
 from seer_kernels.contrastive.problem import (
     SAME_LABEL,
     Gradients,
@@ -603,33 +603,26 @@ class _Rows(torch.autograd.Function):
         )
 
 
-def _backend_for_parts(requested: str, query: Tensor) -> Any:
-    """The module to run on keys that come in parts."""
-    _checks.check_choice("backend", requested, ("auto", *_dispatch.BACKENDS))
-    module = _backend(requested, query)
-    if module is not native or query.device.type in native.PARTS_ON:
-        return module
-    if requested == "native":
-        raise RuntimeError(
-            f"backend='native' has no kernels on {query.device.type} for keys that come in parts, as those of other "
-            "ranks do. Available there: 'auto', 'reference'"
-        )
-    triton = _dispatch.backends()["triton"]
-    usable = query.device.type in triton.devices and query.dtype in _dispatch.DTYPES["triton"]
-    return _backend("triton" if usable else "reference", query)
-
-
-@torch.compiler.disable  # a graph break: what ranks tell each other decides what is computed
 def _across_ranks(
     prepare: Callable[[], _Batch], options: _Options, group: dist.ProcessGroup | None
 ) -> Tensor | _WithStatistics:
     """Any loss of the family; `prepare` checks and collects this rank's samples."""
+    if torch.compiler.is_compiling():  # a graph break: what ranks tell each other decides what is computed
+        evaluate: Callable[..., Tensor | _WithStatistics] = torch.compiler.disable(_loss)  # type: ignore[no-untyped-call]
+        return evaluate(prepare, options, group)
+    return _loss(prepare, options, group)
+
+
+def _loss(
+    prepare: Callable[[], _Batch], options: _Options, group: dist.ProcessGroup | None
+) -> Tensor | _WithStatistics:
     team = Team.of(group, f"seer_kernels.distributed.{options.loss}")
     try:
         _checks.check_choice("mode", options.mode, MODES)
         _checks.check_choice("reduction", options.reduction, REDUCTIONS)
+        _checks.check_choice("backend", options.backend, ("auto", *_dispatch.BACKENDS))
         batch = prepare()
-        backend = _backend_for_parts(options.backend, batch.query)
+        backend = backend_module(options.backend, batch.query, native.lacks_parts(batch.query.device))
     except Exception:
         _agree(team, None)
         raise

@@ -18,8 +18,8 @@ from seer_kernels.contrastive.problem import SAME_LABEL
 class _ContrastiveLoss(nn.Module):
     """The options that the losses share.
 
-    A learnable temperature is exp(low + (high - low) sigmoid(p)) of an unbounded parameter p, between the logarithms of
-    `temperature_bounds`: it cannot leave them, however large the steps, and always has a gradient to come back by.
+    A learnable temperature is exp(low + (high - low) sigmoid(p)) of an unbounded parameter p, with low and high the
+    logarithms of `temperature_bounds`: it cannot leave them, however large the steps.
     """
 
     def __init__(

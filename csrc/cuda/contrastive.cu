@@ -256,7 +256,7 @@ SEER_KERNEL(kBlocks<T>) contrastive_rows_kernel(const RowBlock<T> b, unsigned ro
   const T top = all.top(), row_gradient = b.row_gradient[p * b.N + i];
   if (team_thread() == 0) {
     const T mean_positive = all.sum_positive / T(all.positives), temperature = *b.temperature;
-    T planes[kRowPlanes] = {};
+    T planes[kLogitSum] = {};  // the last plane is of the sigmoid loss: left as it is
     if (valid) {
       planes[kLoss] = std::log(all.total) - (mean_positive - top);
       planes[kValid] = T(1);
@@ -269,7 +269,7 @@ SEER_KERNEL(kBlocks<T>) contrastive_rows_kernel(const RowBlock<T> b, unsigned ro
       planes[kLogitDot] = row_gradient * (all.total_logit / all.total - (mean_positive - top));
     }
 #pragma unroll
-    for (int which = 0; which < kRowPlanes; ++which) b.rows[(which * b.P + p) * b.N + i] = planes[which];
+    for (int which = 0; which < kLogitSum; ++which) b.rows[(which * b.P + p) * b.N + i] = planes[which];
   }
   if (!b.write_gradient) return;
 

@@ -543,9 +543,14 @@ def _check_values(
             _checks.check_finite("key", key)
 
 
-def _backend(requested: str, query: Tensor) -> Any:
-    """The module to run, by the caller's choice of backend."""
-    chosen = _dispatch.choose(requested, query.device, query.dtype)
+def _backend(requested: str, problem: Problem) -> Any:
+    """The module to run on a problem, by the caller's choice of backend."""
+    return backend_module(requested, problem.query, native.lacks(problem))
+
+
+def backend_module(requested: str, query: Tensor, native_lacks: str) -> Any:
+    """The module to run on features like `query`; `native_lacks` says why native kernels do not serve what is asked."""
+    chosen = _dispatch.choose(requested, query.device, query.dtype, {"native": native_lacks})
     if chosen == "triton":
         from seer_kernels.contrastive import triton_kernels  # takes long to import, and exists on Linux only
 
@@ -590,7 +595,7 @@ def _contrastive_kernel(
         rows, gradients = _no_pairs(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            rows, gradients = _backend(backend, query).forward(problem, wanted)
+            rows, gradients = _backend(backend, problem).forward(problem, wanted)
 
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
@@ -722,7 +727,7 @@ def _recompute_kernel(
         gradients = _no_pairs(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
-            gradients = _backend(backend, query).backward(problem, row_gradient.contiguous(), wanted)
+            gradients = _backend(backend, problem).backward(problem, row_gradient.contiguous(), wanted)
     return (
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),
@@ -783,7 +788,7 @@ class _Contrastive(torch.autograd.Function):
             if weights is not None:
                 row_gradient = row_gradient * weights.to(row_gradient.dtype)
             rows = query.shape[1] * (2 if ctx.options[1] == "views" else 1)
-            gradients = _recompute(row_gradient.expand(-1, rows), *inputs, *ctx.options, *wanted)
+            gradients = _recompute(row_gradient.expand(query.shape[0], rows), *inputs, *ctx.options, *wanted)
         query_gradient, key_gradient, temperature_gradient, bias_gradient = gradients
         return (
             query_gradient if wanted.query else None,

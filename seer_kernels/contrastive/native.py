@@ -44,8 +44,21 @@ KEPT_BYTES = 32 << 20
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
 
-PARTS_ON = ("cpu",)
-"""Devices that have the kernels of `statistics` and `slope_gradients`, and of sigmoid rows without a positive."""
+
+ONLY_ON_CUDA = "on CUDA it computes one-sided info_nce only, of all keys at once"
+
+
+def lacks(problem: Problem) -> str:
+    """Why there is no kernel for a problem where it lives; empty where there is one."""
+    if problem.query.device.type == "cuda" and (problem.form, problem.pairing.name) != ("softmax", "rows"):
+        return ONLY_ON_CUDA
+    return ""
+
+
+def lacks_parts(device: torch.device) -> str:
+    """Why there are no kernels on a device for keys that come in parts: neither `statistics` and `slope_gradients`, nor
+    sigmoid rows without a positive; empty where there are."""
+    return ONLY_ON_CUDA if device.type == "cuda" else ""
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -226,7 +239,7 @@ class _Sweep:
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
-    rows = torch.empty(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
+    rows = torch.zeros(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
     for block, products in _parts(sweep, rows):
         _launch(
             "contrastive_rows",

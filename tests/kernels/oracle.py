@@ -172,7 +172,7 @@ def value_and_gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *
 
 
 def assert_as_exact_as_plain_torch(
-    loss: partial[Tensor], plain: partial[Tensor], inputs: Sequence[Tensor], **options: Any
+    loss: Callable[..., Tensor], plain: partial[Tensor], inputs: Sequence[Tensor], **options: Any
 ) -> list[Tensor]:
     """Value and gradients of a mean `loss` of unit rows, whose error is at most twice that of `plain` in that dtype.
 
@@ -180,7 +180,9 @@ def assert_as_exact_as_plain_torch(
     change its roundings only. For fp64 inputs, which leave nothing more exact to compare with, the bound is the error
     in fp32 scaled by the ratio of the two precisions. Where `plain` is exact by luck (unit rows of one feature, say),
     eight roundings of the largest terms are allowed: logits reach 1 / temperature, slopes a row's share of that (of
-    the sigmoid loss, a row's share of every pair's).
+    the sigmoid loss, a row's share of every pair's). A kernel that scales products by reciprocal norms rounds a logit
+    as a whole where `plain` rounds its features one by one; exp makes one such rounding, 1 / temperature roundings of
+    one, a relative error of the slope.
     """
     dtype = inputs[0].dtype
     narrow = [x.float() for x in inputs] if dtype == torch.float64 else inputs
@@ -200,13 +202,14 @@ def assert_as_exact_as_plain_torch(
     share = 1 / inputs[0].shape[-2] if weights is None else float((weights / weights.sum(-1, keepdim=True)).max())
     slope = (inputs[1].shape[-2] if name == "siglip" else 2) * share / options.get("temperature", 0.1)
     terms = [1 / options.get("temperature", 0.1), *(slope / float(x.double().norm(dim=-1).min()) for x in inputs)]
+    roundings = [8.0, *(8.0 + 1 / options.get("temperature", 0.1) for _ in inputs)]
 
     actual = value_and_gradients(loss, inputs, **options)
     exact = value_and_gradients(plain, [x.double() for x in inputs], **options)
     for which, got in enumerate(actual):
         error = float((got.double() - exact[which]).abs().max())
-        rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * terms[which]
-        rounding += torch.finfo(got.dtype).eps * float(exact[which].abs().max())
-        allowed = 2 * ratio * float(usual_error[which]) + 8 * rounding
+        rounding = roundings[which] * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * terms[which]
+        rounding += 8 * torch.finfo(got.dtype).eps * float(exact[which].abs().max())
+        allowed = 2 * ratio * float(usual_error[which]) + rounding
         assert error <= allowed, f"result {which}: error {error:.3g} above the allowed {allowed:.3g}"
     return actual

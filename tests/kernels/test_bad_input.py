@@ -35,7 +35,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": "0.1"}, TypeError, r"temperature must be a float .* got '0\.1' \(str\)"),
     ({"temperature": True}, TypeError, r"temperature must be a float .* got True \(bool\)"),
     ({"same_label": "positives"}, ValueError, r"same_label must be one of 'negative', .*; got 'positives'"),
-    ({"same_label": "ignore"}, ValueError, r"same_label='ignore' needs query_labels .* got none"),
+    ({"same_label": "ignore"}, ValueError, r"same_label='ignore' needs query_labels; got none"),
     ({"reduction": "avg"}, ValueError, r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', .*; got 'cuda'"),
     ({"key_labels": LABELS}, ValueError, r"key_labels were given without query_labels"),

@@ -186,7 +186,7 @@ def test_learnable_temperature_learns_and_cannot_run_away() -> None:
         optimiser.zero_grad()
         loss(query, key).backward()
         optimiser.step()
-        assert 0.02 <= float(loss.temperature) <= 0.5
+        assert 0.02 * (1 - 1e-6) <= float(loss.temperature) <= 0.5 * (1 + 1e-6)
     moved = SigLipLoss()
     moved(query, query).backward()
     assert all(p.grad is not None and p.grad != 0 for p in moved.parameters())

@@ -9,18 +9,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seer_kernels
 from seer_kernels import _dispatch
+from seer_kernels.contrastive import functional, native, reference
+from seer_kernels.contrastive.problem import Pairing, Problem
 
 HERE = Path(__file__).parent
 
 try:
     import triton_compiler
+
+    from seer_kernels.contrastive import triton_kernels
 except ImportError as error:
     if not (error.name or "").startswith("triton"):
         raise
@@ -69,15 +76,56 @@ def test_backends_say_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_auto_on_cuda_takes_native_then_triton_then_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
     status = {name: _dispatch.BackendStatus(name, ("cuda",), "") for name in ("native", "triton")}
     monkeypatch.setattr(_dispatch, "_native_status", lambda: status["native"])
     monkeypatch.setattr(_dispatch, "_triton_status", lambda: status["triton"])
-    assert _dispatch.choose("auto", cuda, torch.bfloat16) == "native"
+
+    def choose(requested: str, dtype: torch.dtype = torch.bfloat16, native_lacks: str = "") -> str:
+        return _dispatch.choose(requested, torch.device("cuda"), dtype, {"native": native_lacks})
+
+    assert choose("auto") == "native"
+    assert choose("auto", native_lacks="one-sided only") == "triton"
+    assert choose("auto", torch.float64, "one-sided only") == "reference"
+    assert choose("triton", torch.float16) == "triton"
+    with pytest.raises(RuntimeError, match=r"'native' cannot run on cuda: one-sided only\. .* 'triton'"):
+        choose("native", native_lacks="one-sided only")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run on cuda: it has no kernels for torch.float64\. .*"):
+        choose("triton", torch.float64)
     status["native"] = _dispatch.BackendStatus("native", ("cpu",), "no cuda")
-    assert _dispatch.choose("auto", cuda, torch.bfloat16) == "triton"
-    assert _dispatch.choose("auto", cuda, torch.float64) == "reference"
-    assert _dispatch.choose("triton", cuda, torch.float16) == "triton"
+    assert choose("auto") == "triton"
+    status["triton"] = _dispatch.BackendStatus("triton", (), "not installed")
+    assert choose("auto") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("form", "pairing", "module"),
+    [
+        ("softmax", "rows", native),
+        ("symmetric", "rows", triton_kernels),
+        ("sigmoid", "rows", triton_kernels),
+        ("softmax", "views", triton_kernels),
+        ("softmax", "self", triton_kernels),
+        ("softmax", "labels", triton_kernels),
+    ],
+)
+def test_what_native_cuda_does_not_serve_goes_to_triton(
+    monkeypatch: pytest.MonkeyPatch, form: str, pairing: str, module: ModuleType
+) -> None:
+    """Asked with tensors that only say that they are on a GPU."""
+    monkeypatch.setattr(_dispatch, "_native_status", lambda: _dispatch.BackendStatus("native", ("cpu", "cuda"), ""))
+    monkeypatch.setattr(_dispatch, "_triton_status", lambda: _dispatch.BackendStatus("triton", ("cuda",), ""))
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 8, device="cuda")
+        temperature = torch.empty((), device="cuda")
+    problem = Problem(x, x, temperature, None, None, None, None, form, Pairing(pairing), "negative", True)
+    assert functional._backend("auto", problem) is module
+    assert functional.backend_module("auto", x, native.lacks_parts(x.device)) is triton_kernels
+    if module is not native:
+        with pytest.raises(RuntimeError, match=r"'native' cannot run on cuda:0: on CUDA it computes .* 'triton'"):
+            functional._backend("native", problem)
+        with FakeTensorMode():
+            problem = replace(problem, query=torch.empty(1, 4, 8, device="cuda", dtype=torch.float64))
+        assert functional._backend("auto", problem) is reference
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -265,8 +265,10 @@ def test_a_real_model_on_real_texts(tmp_path) -> None:
             model=str(SHARED / "models" / "tiny-llama"),
             data=str(tmp_path / "quarter.jsonl"),
             max_length=32,
-            max_steps=8,
+            held_out_share=0.5,
+            max_steps=12,
             learning_rate=1e-3,
+            same_label="ignore",
             save_strategy="no",
             disable_tqdm=True,
         )

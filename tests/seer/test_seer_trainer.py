@@ -163,7 +163,7 @@ def test_reference_is_the_base_model_without_dropout(make_model, make_config, da
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     _, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    assert terms["L_r"] == 0
+    assert terms["L_r"] == pytest.approx(0, abs=1e-7)  # a product may round in another order when run again
     assert terms["L_kl"] == pytest.approx(0, abs=1e-7)
     assert trainer.model.training
     assert all(part.training for part in trainer.model.modules())
