@@ -6,6 +6,8 @@ which every dimension still takes several tiles of 16 and leaves a part of one.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ import pytest
 import torch
 from oracle import LOSSES, assert_as_exact_as_plain_torch, call, plain_torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import seer_kernels
 from seer_kernels import info_nce
@@ -191,6 +194,84 @@ def test_work_that_nobody_asked_for_is_not_done(monkeypatch: pytest.MonkeyPatch,
         info_nce(*leaves, backend="triton")
         assert launched.count("_tuned_multiply") == (products if width == WIDE else 0), needed
         assert launched.count("_tuned_gradient") == (gradients if width == NARROW else 0), needed
+
+
+def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that take no memory before they are written to."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=flags), dtype=dtype).view(shape)
+
+
+@pytest.fixture
+def only_the_last_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every launch the interpreter runs the last 15 programs, and copies nothing back to where it is already."""
+    run, skipped = interpreter.GridExecutor.__call__, 0
+
+    def run_last(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal skipped
+        programs = (self.grid(options) if callable(self.grid) else self.grid)[0]
+        skipped = max(0, programs - 15)
+        self.grid = (programs - skipped,)
+        run(self, *arguments, **options)
+
+    def number(builder: Any, x: int, y: int, z: int) -> None:
+        builder.grid_idx = (skipped + x, y, z)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", number)
+
+
+@pytest.mark.usefixtures("only_the_last_programs")
+@pytest.mark.parametrize(("p", "n"), [(1, (1 << 26) + 37), (1 << 21, 37)], ids=["rows", "problems"])
+def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, p: int, n: int) -> None:
+    """The last 37 of more than 2^26 queries of 32 features, against 70 keys in five parts: their features, gradients
+    and statistics lie more than 2^31 elements from where the tensors begin."""
+    monkeypatch.setattr(triton_kernels._Run, "_empty", lambda run, *shape, dtype=torch.float32: untouched(*shape))
+    last, d = (slice(p - 1, p), slice(n - 37, n)), 32
+    queries, keys = features(1, 37, 70, d, torch.float32)
+    labels = labels_and_weights(1, 37, 70)
+    small = Problem(
+        query=queries,
+        key=keys,
+        temperature=torch.tensor(0.2),
+        bias=None,
+        query_labels=labels["query_labels"].int(),
+        key_labels=labels["key_labels"].int(),
+        weights=None,
+        form="softmax",
+        pairing=Pairing("labels"),
+        same_label="positive",
+        normalize=True,
+    )
+    large = replace(
+        small,
+        query=untouched(p, n, d),
+        key=untouched(p, 70, d),
+        query_labels=untouched(p, n, dtype=torch.int32),
+        key_labels=untouched(p, 70, dtype=torch.int32),
+    )
+    row_gradient = untouched(p, n)
+    large.query[last], large.query_labels[last], row_gradient[last] = queries, small.query_labels, 1.0
+    large.key[-1], large.key_labels[-1] = keys, small.key_labels
+    wanted = Wanted(True, False, False, False)
+    run = triton_kernels._Run(large, row_gradient, wanted)
+    assert run.row_parts.numel() > 1 << 31
+    results, *_ = run.results()
+    gradient = run.gradients[0]
+
+    expected = reference.forward(widened(small), wanted)
+    for got, true in zip(results, expected[0], strict=True):
+        torch.testing.assert_close(got[last].double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient[last].double(), expected[1].query, rtol=1e-4, atol=1e-5)
+    gradient[last] += 3 * queries
+    run._project()
+    torch.testing.assert_close(gradient[last].double(), expected[1].query, rtol=1e-4, atol=1e-4)
+
+    apart = large.query.as_strided((17, 3, d), (1 << 27, d, 1), large.query.numel() - (1 << 31) - 3 * d)
+    products = torch.empty(17, 3, 70)
+    run._multiply(products, apart, keys.expand(17, -1, -1).mT, add=False)
+    torch.testing.assert_close(products[-1], queries[0, -3:] @ keys[0].T, rtol=1e-5, atol=1e-5)
 
 
 def test_same_bits_every_time() -> None:
