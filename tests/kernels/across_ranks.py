@@ -10,12 +10,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ PROBLEMS, FEATURES = 2, 4
 
 def launch(world: int, function: Callable[..., Any], folder: Path, *arguments: Any, timeout: float = 400) -> list[Any]:
     """What `function(*arguments)` returned in each of `world` processes; None where one died."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports torch once for all
+    context.set_forkserver_preload(["pytest", "torch.nn.parallel", "seer_kernels"])
     processes = [
         context.Process(target=_enter, args=(rank, world, function, str(folder), arguments)) for rank in range(world)
     ]
@@ -500,25 +502,46 @@ def memory_bank_of_all_ranks() -> None:
 
 
 def lost_contact() -> list[tuple[str, float]]:
-    """Rank 1 first hangs and then dies, in step 2 of the ring; what the others say of it, and after how long."""
-    shift, found = _ranks.Team.shift, []
-    dist.barrier()
-    groups = [dist.new_group(timeout=timedelta(seconds=5)) for _ in range(2)]
+    """Rank 1 hangs and then dies in step 2 of the ring, then rank 2 dies while the others gather; what the others say
+    of it, and after how long."""
+    everyone, survivors = [0, 1, 2, 3], [0, 2, 3]
+    scenes = [
+        ("ring", "shift", "keys in step 2", everyone, 1, hang),
+        ("ring", "shift", "keys in step 2", everyone, 1, die),
+        ("gather", "gather", "gathering keys", survivors, 2, die),
+    ]
+    meetings = [dist.new_group(ranks) for *_, ranks, _, _ in scenes]
+    groups = [dist.new_group(ranks, timeout=timedelta(seconds=3)) for *_, ranks, _, _ in scenes]
     query, key = features(3)
-    for dies, group in zip((False, True), groups, strict=True):
-
-        def trapped(self: _ranks.Team, step: str, *tensors: Any, dies: bool = dies) -> Any:
-            if "keys in step 2" in step:
-                if dies:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(12)
-            return shift(self, step, *tensors)
-
-        dist.barrier()
+    found = []
+    for (mode, method, fatal_step, _, lost, end), meeting, group in zip(scenes, meetings, groups, strict=True):
+        dist.barrier(meeting)
         start = time.monotonic()
-        if dist.get_rank() == 1:
-            _ranks.Team.shift = trapped
-        with pytest.raises(RuntimeError) as error:
-            distributed.info_nce(query, key, mode="ring", group=group)
+        with ExitStack() as stack:
+            if dist.get_rank() == lost:
+                stack.enter_context(mock.patch.object(_ranks.Team, method, ending_in(method, fatal_step, end)))
+            with pytest.raises(RuntimeError) as error:
+                distributed.info_nce(query, key, mode=mode, group=group)
         found.append((str(error.value), time.monotonic() - start))
     return found
+
+
+def hang() -> None:
+    time.sleep(6)
+
+
+def die() -> None:
+    time.sleep(0.5)  # until the others have heard what was said before
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ending_in(method: str, fatal_step: str, end: Callable[[], None]) -> Callable[..., Any]:
+    """A method of Team that ends badly in one step."""
+    original = getattr(_ranks.Team, method)
+
+    def call(self: _ranks.Team, step: str, *tensors: Any) -> Any:
+        if fatal_step in step:
+            end()
+        return original(self, step, *tensors)
+
+    return call
