@@ -14,7 +14,7 @@ averaged over the ranks by hand.
 **How keys travel.** `mode="gather"` brings all keys to every rank and sends all their gradients home, in one exchange
 each: the fewest messages, memory for the keys of all ranks. `mode="ring"` passes keys from neighbour to neighbour,
 merges what the queries need of them as they come by, and in the backward pass lets their gradients travel along: memory
-for the keys of three ranks, one more trip of the keys. `docs/large-batches.md` counts the bytes.
+for the keys of three ranks, one more trip of the keys. The README of the family counts the bytes.
 
 **Failures.** A rank that refuses its arguments tells the others, which raise too. A rank that dies or hangs ends in an
 error that names rank and step, at the latest after the timeout of the process group, `init_process_group(timeout=...)`.
@@ -135,7 +135,8 @@ def info_nce(
         group: the ranks that take part; default: all.
         mode: how keys travel, `"gather"` or `"ring"`; see the module.
 
-    All other arguments, and the result, are those of the local function; value and gradient as the module states.
+    All other arguments, and the result, are those of the local function; value and gradient as the module states. For
+    `backend` note that native code has no CUDA kernels for keys of other ranks: `"auto"` takes Triton or the reference.
 
     Raises:
         TypeError, ValueError, RuntimeError: as the local function, on all ranks if on any; ValueError where ranks

@@ -372,7 +372,7 @@ def counted_bytes() -> Iterator[dict[str, float]]:
 
 
 def bytes_sent() -> None:
-    """The counts of docs/large-batches.md."""
+    """The counts of the README of the family."""
     world, rows, width = dist.get_world_size(), 6, 64
     for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
         keys = (world - 1) * rows * width * item

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LOSSES, assert_as_exact_as_plain_torch, call, plain_torch
+from oracle import LOSSES, assert_as_exact_as_plain_torch, call, plain_torch, value_and_gradients
+from test_distributed import Echo
 from torch import Tensor
 from triton.runtime import interpreter
 
 import seer_kernels
-from seer_kernels import info_nce
+from seer_kernels import distributed, info_nce
 from seer_kernels.contrastive import reference, triton_kernels
 from seer_kernels.contrastive.problem import Pairing, Problem, Wanted, no_anchors, settle
 
@@ -169,6 +170,27 @@ def test_keys_that_come_in_parts(monkeypatch: pytest.MonkeyPatch, pairing: str, 
         assert (got is None) == (true is None)
         if got is not None and true is not None:
             torch.testing.assert_close(got.double(), true, rtol=0, atol=3e-6 * float(true.abs().max()))
+
+
+@pytest.mark.parametrize(("loss", "mode"), [("symmetric", "ring"), ("siglip", "gather"), ("sup_con", "ring")])
+def test_keys_of_other_ranks(monkeypatch: pytest.MonkeyPatch, loss: str, mode: str) -> None:
+    monkeypatch.setattr(distributed.Team, "of", lambda *_: Echo(None, 1, 3))
+    ran = []
+    forward = triton_kernels._evaluate if loss == "siglip" else triton_kernels.statistics
+    monkeypatch.setattr(triton_kernels, forward.__name__, lambda *operands: (ran.append(1), forward(*operands))[1])
+    inputs = features(1, 6, 9, 5, torch.float32)
+    labels = labels_and_weights(1, 6, 9)["query_labels"]
+    functions: dict[str, Any] = {
+        "symmetric": partial(distributed.info_nce, symmetric=True),
+        "siglip": partial(distributed.siglip, temperature=0.2, bias=-1.0),
+        "sup_con": lambda query, key, **tail: distributed.sup_con(query, labels, **tail),
+    }
+    results = {}
+    for backend in ("triton", "reference"):
+        results[backend] = value_and_gradients(functions[loss], inputs, backend=backend, mode=mode)
+        assert ran, "Triton did not run"
+    for got, expected in zip(*results.values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE], ids=["narrow", "wide"])

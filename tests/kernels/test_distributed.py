@@ -74,7 +74,7 @@ class Echo(_ranks.Team):
     """One process that stands for `size` ranks with the same samples: what it hears is what it said."""
 
     def tell(self, numbers: Any, count: int) -> list[list[int]]:
-        return [list(numbers)] * self.size
+        return [] if numbers is None else [list(numbers)] * self.size
 
     def gather(self, step: str, own: Tensor) -> Tensor:
         return own.expand(self.size, *own.shape).clone()
@@ -135,6 +135,18 @@ def test_memory_of_many_ranks(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert peaks[1] < 14 * keys
     else:
         assert peaks[1] >= peaks[0] + 5 * 2 * keys
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all others run, on the same terms as the local functions."""
+    monkeypatch.setattr(distributed.Team, "of", lambda *_: Echo(None, 0, 2))
+    x = torch.randn(3, 4)
+    for name, status in seer_kernels.backends().items():
+        if "cpu" in status.devices:
+            assert torch.isfinite(distributed.info_nce(x, x, backend=name))
+        else:
+            with pytest.raises(RuntimeError, match=rf"backend='{name}' cannot run on cpu: {status.reason}"):
+                distributed.info_nce(x, x, backend=name)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own deprecations while it compiles
