@@ -39,8 +39,9 @@ def launch(world: int, function: Callable[..., Any], folder: Path, *arguments: A
     processes = [
         context.Process(target=_enter, args=(rank, world, function, str(folder), arguments)) for rank in range(world)
     ]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # as torchrun sets it
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(timeout)
         if process.is_alive():
