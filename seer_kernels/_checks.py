@@ -25,6 +25,26 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def check_positive_integer(name: str, value: object) -> None:
+    """`value` must be an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {_describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more; got {value}")
+
+
+def check_samples(name: str, values: list[object]) -> None:
+    """`values` must be tensors, at least one, whose first dimensions are the same number of samples."""
+    for value in values:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise TypeError(
+                f"{name} must hold tensors of shape (samples, ...) and nothing else; got {_describe(value)}"
+            )
+    counts = [len(value) for value in values if isinstance(value, Tensor)]
+    if len(set(counts)) != 1:
+        raise ValueError(f"{name} must hold tensors with one number of samples; got {counts or 'none'}")
+
+
 def check_features(name: str, value: object) -> None:
     """`value` must be a floating tensor of shape (..., rows, features) with at least one feature."""
     if not isinstance(value, Tensor):

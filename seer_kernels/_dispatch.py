@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "triton")
+
+AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+"""What `"auto"` tries on a device, best first. Triton on a CPU is its interpreter, which is for tests."""
+
+DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
+"""The dtypes of features of the backends that do not take all of them."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +65,50 @@ def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     )
 
 
+@cache
+def _triton_status() -> BackendStatus:
+    # Looked for, not imported: that takes a while, and is left to the first call that needs it.
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus("triton", (), "the package triton is not installed")
+    if torch.cuda.is_available():
+        return BackendStatus("triton", ("cuda",), "no cpu: Triton compiles for GPUs")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return BackendStatus("triton", ("cpu",), "no cuda: torch finds no usable CUDA device")
+    return BackendStatus("triton", (), "torch finds no usable CUDA device, and TRITON_INTERPRET=1 is not set")
+
+
 def backends() -> dict[str, BackendStatus]:
     """The backends by name: the devices that each serves on this machine, and why others are missing."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    status = {"reference": BackendStatus("reference", devices, ""), "native": _native_status()}
-    return {name: status[name] for name in BACKENDS}
+    return {
+        "reference": BackendStatus("reference", devices, ""),
+        "native": _native_status(),
+        "triton": _triton_status(),
+    }
 
 
-def choose(requested: str, device: torch.device, native_lacks: str = "") -> str:
-    """The backend to run on `device`; `native_lacks` says why native kernels do not serve the problem at hand there.
+def choose(requested: str, device: torch.device, dtype: torch.dtype, lacks: Mapping[str, str]) -> str:
+    """The backend to run on `device` for features of `dtype`.
 
-    `"auto"` prefers native code and takes the reference where there is none. Any other name is a demand: it is met, or
-    a RuntimeError says why it cannot be and what can.
+    `lacks` says, by backend, why it does not serve the problem at hand there (an empty text where it does). `"auto"`
+    takes the first of those in AUTO that can run, and the reference where there is none. Any other name is a demand: it
+    is met, or a RuntimeError says why it cannot be and what can.
     """
-    if requested == "reference":
-        return "reference"
-    native = _native_status()
-    if device.type in native.devices and not native_lacks:
-        return "native"
-    if requested == "auto":
-        return "reference"
-    others = ", ".join(repr(s.name) for s in backends().values() if device.type in s.devices and s.name != requested)
-    reason = native.reason or native_lacks or f"it has no kernels for {device.type!r} tensors"
-    raise RuntimeError(f"backend={requested!r} cannot run on {device}: {reason}. Available there: 'auto', {others}")
+    status = backends()
+    obstacles = {name: _obstacle(status[name], device, dtype) or lacks.get(name, "") for name in BACKENDS}
+    for name in AUTO.get(device.type, ("reference",)) if requested == "auto" else (requested,):
+        if not obstacles[name]:
+            return name
+    others = ", ".join(repr(name) for name, obstacle in obstacles.items() if not obstacle)
+    raise RuntimeError(
+        f"backend={requested!r} cannot run on {device}: {obstacles[requested]}. Available there: 'auto', {others}"
+    )
+
+
+def _obstacle(status: BackendStatus, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot run at all on a device for a dtype; the reference runs wherever torch does."""
+    if status.name == "reference":
+        return ""
+    if device.type not in status.devices:
+        return status.reason or f"it has no kernels for {device.type!r} tensors"
+    return "" if dtype in DTYPES.get(status.name, (dtype,)) else f"it has no kernels for {dtype}"

@@ -100,13 +100,13 @@ void evaluate_row(const RowBlock<T>& b, int64_t p, int64_t i, T* products) {
   });
   const T positive_count = T(sum_lanes<int64_t>(sums.positives));
   const T negative_count = T(sum_lanes<int64_t>(sums.negatives));
-  if (positive_count == 0) {
+  if (positive_count == 0 && !b.bias) {
     if (b.write_gradient) std::fill(products, products + b.M, T(0));
     return;
   }
   const T best_positive = max_lanes<T>(sums.best_positive), best_negative = max_lanes<T>(sums.best_negative);
-  const T mean_positive = sum_lanes<T>(sums.sum_positive) / positive_count;
-  planes[kValid * plane] = 1;
+  const T mean_positive = sum_lanes<T>(sums.sum_positive) / std::max(positive_count, T(1));
+  planes[kValid * plane] = positive_count > 0;
   planes[kPositiveSimilarity * plane] = mean_positive * temperature;
   if (negative_count > 0) {
     planes[kNegativeSimilarity * plane] = sum_lanes<T>(sums.sum_negative) / negative_count * temperature;

@@ -14,15 +14,14 @@ from seer_kernels.contrastive.problem import (
     SAME_LABEL,
     Gradients,
     Pairing,
+    PairSlopes,
     Problem,
     RowResults,
-    Slopes,
     Wanted,
     accumulation_dtype,
     row_weights,
 )
 
-_BACKENDS = {"reference": reference, "native": native}
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -122,7 +121,7 @@ def info_nce(
         reduction: `"mean"` over rows that have a positive, by weight (0 if there are none), `"sum"` of weight x loss,
             or `"none"` for weight x loss per row.
         return_stats: also return ContrastiveStatistics from the same pass.
-        backend: `"auto"`, `"reference"` or `"native"`; see `seer_kernels.backends()`.
+        backend: `"auto"`, `"reference"`, `"native"` or `"triton"`; see `seer_kernels.backends()`.
         validate: also check values that need a pass over the data (or, on a GPU, a synchronisation): finite features,
             and for tensors on a GPU the ranges of labels, weights and temperature, which are always checked on the CPU.
 
@@ -522,10 +521,6 @@ def _problem(
     )
 
 
-def _choose(backend: str, problem: Problem) -> str:
-    return _dispatch.choose(backend, problem.query.device, native.lacks(problem))
-
-
 def _check_values(
     query: Tensor,
     key: Tensor | None,
@@ -547,6 +542,21 @@ def _check_values(
         _checks.check_finite("query", query)
         if key is not None:
             _checks.check_finite("key", key)
+
+
+def _backend(requested: str, problem: Problem) -> Any:
+    """The module to run on a problem, by the caller's choice of backend."""
+    return backend_module(requested, problem.query, native.lacks(problem))
+
+
+def backend_module(requested: str, query: Tensor, native_lacks: str) -> Any:
+    """The module to run on features like `query`; `native_lacks` says why native kernels do not serve what is asked."""
+    chosen = _dispatch.choose(requested, query.device, query.dtype, {"native": native_lacks})
+    if chosen == "triton":
+        from seer_kernels.contrastive import triton_kernels  # takes long to import, and exists on Linux only
+
+        return triton_kernels
+    return {"reference": reference, "native": native}[chosen]
 
 
 def _contrastive_kernel(
@@ -587,7 +597,7 @@ def _contrastive_kernel(
         rows, gradients = _no_pairs(problem, wanted)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            rows, gradients = _BACKENDS[_choose(backend, problem)].forward(problem, wanted)
+            rows, gradients = _backend(backend, problem).forward(problem, wanted)
 
     weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
     total_weight = weight.sum(-1)
@@ -668,8 +678,9 @@ def _contrastive_fake(
 
 def _keeps_slopes(query: Tensor, p: int, n: int, m: int, backend: str) -> bool:
     """Whether the forward pass leaves the gradients of the features to the backward pass."""
-    chosen = _dispatch.choose(backend, query.device, "")
-    return chosen == "native" and 0 not in (p, n, m) and native.keeps_slopes(query.device, query.dtype, p, n, m)
+    if 0 in (p, n, m) or not native.keeps_slopes(query.device, query.dtype, p, n, m):
+        return False
+    return _dispatch.choose(backend, query.device, query.dtype, {}) == "native"
 
 
 def _scale_kernel(
@@ -690,7 +701,7 @@ def _scale_kernel(
     per_problem = scale.view(-1, 1, 1)
     features: tuple[Tensor | None, Tensor | None]
     if slopes.numel():
-        scaled = Slopes(slopes * per_problem, along * per_problem[..., 0])
+        scaled = PairSlopes(slopes * per_problem, along * per_problem[..., 0])
         alone = Pairing(pairing).self_contrast
         features = native.gradients_from_slopes(query, key, scaled, alone, (query_wanted, key_wanted))
     else:
@@ -756,7 +767,7 @@ def _recompute_kernel(
         gradients = _no_pairs(problem, wanted)[1]
     else:
         with torch.autocast(query.device.type, enabled=False):
-            gradients = _BACKENDS[_choose(backend, problem)].backward(problem, row_gradient.contiguous(), wanted)
+            gradients = _backend(backend, problem).backward(problem, row_gradient.contiguous(), wanted)
     return (
         query.new_empty(0) if gradients.query is None else gradients.query.to(query.dtype),
         query.new_empty(0) if gradients.key is None else gradients.key.to(query.dtype),

@@ -24,12 +24,15 @@ from torch import Tensor
 from seer_kernels.contrastive.problem import (
     SAME_LABEL,
     Gradients,
+    PairSlopes,
     Problem,
     RowResults,
-    Slopes,
     Wanted,
     accumulation_dtype,
+    no_anchors,
+    no_slopes,
     row_weights,
+    settle,
 )
 
 try:
@@ -49,15 +52,21 @@ CACHED_ROWS = 256
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
 
-ABSENT = -1e30
-"""kAbsent of the kernels: a maximum over nothing."""
+
+ONLY_ON_CUDA = "on CUDA it computes one-sided info_nce only, of all keys at once"
 
 
 def lacks(problem: Problem) -> str:
     """Why there is no kernel for a problem where it lives; empty where there is one."""
     if problem.query.device.type == "cuda" and (problem.form, problem.pairing.name) != ("softmax", "rows"):
-        return "on CUDA it computes one-sided info_nce only"
+        return ONLY_ON_CUDA
     return ""
+
+
+def lacks_parts(device: torch.device) -> str:
+    """Why there are no kernels on a device for keys that come in parts: neither `statistics` and `slope_gradients`, nor
+    sigmoid rows without a positive; empty where there are."""
+    return ONLY_ON_CUDA if device.type == "cuda" else ""
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -82,7 +91,7 @@ def keeps_slopes(device: torch.device, dtype: torch.dtype, P: int, N: int, M: in
 
 
 def gradients_from_slopes(
-    query: Tensor, key: Tensor | None, slopes: Slopes, self_contrast: bool, wanted: tuple[bool, bool]
+    query: Tensor, key: Tensor | None, slopes: PairSlopes, self_contrast: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of queries and keys in the accumulation dtype, None where not `wanted`."""
     sets = [x.to(slopes.slopes.dtype).contiguous() for x in (query, key) if x is not None]
@@ -101,7 +110,7 @@ def gradients_from_slopes(
 
 
 def _combine(
-    query: Tensor, key: Tensor, slopes: Slopes, query_gradient: Tensor | None, key_gradient: Tensor | None
+    query: Tensor, key: Tensor, slopes: PairSlopes, query_gradient: Tensor | None, key_gradient: Tensor | None
 ) -> None:
     _launch(
         "feature_gradients",
@@ -120,6 +129,39 @@ def _features(query: Tensor, key: Tensor) -> Any:
     P, N, D = query.shape
     sizes = {"P": P, "N": N, "M": key.shape[1], "D": D}
     return getattr(_native, f"Features_{_suffix(query.dtype)}")(**sizes, query=query.data_ptr(), key=key.data_ptr())
+
+
+def statistics(problem: Problem, anchors: Tensor) -> None:
+    """Adds to what is known of the queries of a "softmax" problem (`Anchors`, [9, P, N]) what its keys tell of them."""
+    sweep = _Sweep(problem, Wanted(False, False, False, False))
+    for block, products in _parts(sweep, anchors):
+        panel = _panel(sweep, block, products)
+        _launch("row_statistics", anchors, panel, anchors=anchors.data_ptr())
+        if problem.pairing.self_contrast and block.rows.stop < sweep.N:
+            beyond = {"first": block.rows.stop, "last": sweep.N}
+            _launch("column_statistics", anchors, panel, anchors=anchors.data_ptr(), **beyond)
+
+
+def slope_gradients(problem: Problem, slopes: Tensor, wanted: Wanted) -> Gradients:
+    """What the keys of a "softmax" problem add to the gradients of the features, given the `Slopes` [3, P, N] of the
+    queries as anchors that saw these and other keys."""
+    sweep = _Sweep(problem, wanted)
+    column_slopes = slopes if problem.pairing.self_contrast else no_slopes(slopes)
+    for block, products in _parts(sweep, slopes):
+        addresses = {"row_slopes": slopes.data_ptr(), "column_slopes": column_slopes.data_ptr()}
+        _launch("panel_gradient", slopes, _panel(sweep, block, products), **addresses)
+        sweep.accumulate(block, products)
+    return sweep.finished(None, None)
+
+
+def _parts(sweep: _Sweep, like: Tensor) -> Iterator[tuple[_Block, Tensor]]:
+    """Blocks and their products, which the next block overwrites."""
+    blocks = list(sweep.blocks(max(1, BLOCK_BYTES // (sweep.M * like.element_size()))))
+    buffer = like.new_empty(max(math.prod(sweep.shape(block)) for block in blocks))
+    for block in blocks:
+        products = buffer[: math.prod(sweep.shape(block))].view(sweep.shape(block))
+        sweep.multiply(block, products)
+        yield block, products
 
 
 def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -141,7 +183,7 @@ class _Block(NamedTuple):
 class _Sweep:
     """The operands of a problem, its blocks, and the matrix products over a block."""
 
-    slopes: Slopes | None = None
+    slopes: PairSlopes | None = None
 
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         self.problem, self.wanted, self.dtype = problem, wanted, problem.dtype
@@ -245,7 +287,7 @@ class _Sweep:
                 if key_gradient is not None:
                     _multiply(key_gradient[block.problems, key_rows], slopes_beyond[:, r, c].mT, queries, add=True)
 
-    def finished(self, temperature: Tensor, bias: Tensor | None) -> Gradients:
+    def finished(self, temperature: Tensor | None, bias: Tensor | None) -> Gradients:
         """The gradients with respect to the features themselves, and to the scalars."""
         for which, gradient in enumerate(self.gradients):
             if gradient is not None and self.problem.normalize:
@@ -284,16 +326,12 @@ class _CachedSweep(_Sweep):
             norms = [torch.cat(self.inverse_norms, 1)] if self.problem.pairing.self_contrast else self.inverse_norms
             weighted = slopes * self.products
             along = torch.cat([weighted.sum(-1 - side) * x.square() for side, x in enumerate(norms)], 1)
-        self.slopes = Slopes(slopes, along)
+        self.slopes = PairSlopes(slopes, along)
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
     rows = torch.zeros(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
-    blocks = list(sweep.blocks(max(1, BLOCK_BYTES // (sweep.M * rows.element_size()))))
-    buffer = rows.new_empty(max(math.prod(sweep.shape(block)) for block in blocks))
-    for block in blocks:
-        products = buffer[: math.prod(sweep.shape(block))].view(sweep.shape(block))
-        sweep.multiply(block, products)
+    for block, products in _parts(sweep, rows):
         _launch(
             "contrastive_rows",
             rows,
@@ -315,7 +353,7 @@ def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradien
 
 
 def _two_sweeps(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
-    N, M = sweep.N, sweep.M
+    N, M, temperature = sweep.N, sweep.M, sweep.problem.temperature
     alone = sweep.problem.pairing.self_contrast
     item = row_gradient.element_size()
     rows = max(1, BLOCK_BYTES // (M * item))
@@ -331,8 +369,8 @@ def _two_sweeps(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradie
         for start, size, block in zip(starts, sizes, blocks, strict=True)
     ]
 
-    as_rows = _no_anchors(sweep)
-    as_columns = as_rows if alone else _no_anchors(sweep)
+    as_rows = no_anchors(sweep.problem)
+    as_columns = as_rows if alone else no_anchors(sweep.problem)
     for block, products in zip(blocks, panels, strict=True):
         sweep.multiply(block, products)
         panel = _panel(sweep, block, products)
@@ -341,10 +379,10 @@ def _two_sweeps(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradie
         if first < N:
             _launch("column_statistics", buffer, panel, anchors=as_columns.data_ptr(), first=first, last=N)
 
-    results, slopes, logit_dot = _settle(as_rows, row_gradient if alone else row_gradient / 2, sweep)
+    results, slopes, logit_dot = settle(as_rows, row_gradient if alone else row_gradient / 2, temperature)
     column_slopes = slopes
     if not alone:
-        column_results, column_slopes, column_dot = _settle(as_columns, row_gradient / 2, sweep)
+        column_results, column_slopes, column_dot = settle(as_columns, row_gradient / 2, temperature)
         results = RowResults(*((a + b) / 2 for a, b in zip(results, column_results, strict=True)))
         logit_dot = logit_dot + column_dot
 
@@ -376,49 +414,6 @@ def _panel(sweep: _Sweep, block: _Block, products: Tensor) -> Any:
         first_column=block.first_key,
         column_count=products.shape[2],
     )
-
-
-class _Anchors(NamedTuple):
-    """What the first sweep collects of each anchor (AnchorPlane in the kernels), [P, N] each."""
-
-    top: Tensor
-    exponentials: Tensor
-    weighted_below: Tensor
-    positive_sum: Tensor
-    positives: Tensor
-    negative_sum: Tensor
-    negatives: Tensor
-    best_positive: Tensor
-    best_negative: Tensor
-
-
-def _no_anchors(sweep: _Sweep) -> Tensor:
-    planes = torch.zeros(len(_Anchors._fields), sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
-    for name in ("top", "best_positive", "best_negative"):
-        planes[_Anchors._fields.index(name)] = ABSENT
-    return planes
-
-
-def _settle(planes: Tensor, gradient: Tensor, sweep: _Sweep) -> tuple[RowResults, Tensor, Tensor]:
-    """Results of the anchors; SlopePlane of the kernels [3, P, N]; and sum_j (d total / d logit) logit [P, N]."""
-    of, temperature = _Anchors(*planes.unbind()), sweep.problem.temperature
-    valid, has_negative = of.positives > 0, (of.positives > 0) & (of.negatives > 0)
-    log_sum = torch.where(valid, of.exponentials, 1.0).log()
-    positive_mean = of.positive_sum / of.positives.clamp(min=1)
-    above = torch.where(valid, positive_mean - of.top, 0.0)
-    slope = torch.where(valid, gradient, 0.0)
-    results = RowResults(
-        loss=log_sum - above,
-        valid=valid.to(planes.dtype),
-        positive_similarity=positive_mean * temperature,
-        negative_similarity=torch.where(has_negative, of.negative_sum / of.negatives.clamp(min=1) * temperature, 0.0),
-        has_negative=has_negative.to(planes.dtype),
-        top1=(of.best_positive > of.best_negative).to(planes.dtype),
-    )
-    normalizer = torch.where(valid, of.top + log_sum, -ABSENT)
-    slopes = torch.stack([normalizer, valid / of.positives.clamp(min=1), slope])
-    mean_below = of.weighted_below / torch.where(valid, of.exponentials, 1.0)
-    return results, slopes, slope * (mean_below - above)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

@@ -52,7 +52,7 @@ class Problem:
     form: str
     """One of FORMS. With p_ij the softmax of the logits over the row's positives and negatives: "softmax" is
     -mean_{positives j} log p_ij; "symmetric" the average of it and of the same with queries and keys (the first N) in
-    exchanged roles; "sigmoid" is -sum_j log sigmoid(+-(logit_ij + bias)), + for positives."""
+    exchanged roles; "sigmoid" is -sum_j log sigmoid(+-(logit_ij + bias)), + for positives, and needs no positive."""
     pairing: Pairing
     same_label: str
     """What a key with the query's label is, other than the query's own pair: one of SAME_LABEL."""
@@ -76,7 +76,7 @@ class Problem:
 
 
 class RowResults(NamedTuple):
-    """Per query, all [P, N] in the accumulation dtype. Rows without a positive hold zeros."""
+    """Per query, all [P, N] in the accumulation dtype. Rows without a positive hold zeros, but for a sigmoid loss."""
 
     loss: Tensor
     """Not weighted."""
@@ -101,7 +101,7 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-class Slopes(NamedTuple):
+class PairSlopes(NamedTuple):
     """What the gradients of queries and keys follow from by one matrix product each, in the accumulation dtype."""
 
     slopes: Tensor
@@ -117,8 +117,81 @@ class Gradients(NamedTuple):
     key: Tensor | None  # like Problem.key
     temperature: Tensor | None  # [P]
     bias: Tensor | None  # [P]
-    slopes: Slopes | None = None
+    slopes: PairSlopes | None = None
     """Instead of the gradients of queries and keys, where forming them is better left to the backward pass."""
+
+
+class Anchors(NamedTuple):
+    """What is kept of each query while keys are seen in parts, [P, N] each. As one tensor: `torch.stack` of them."""
+
+    top: Tensor
+    """The largest logit of a positive or negative; ABSENT where there was none."""
+    exponentials: Tensor
+    """Sum over positives and negatives of e^(logit - top)."""
+    weighted_below: Tensor
+    """Sum over positives and negatives of e^(logit - top) (logit - top)."""
+    positive_sum: Tensor
+    """Sum of the positives' logits."""
+    positives: Tensor
+    """How many there are."""
+    negative_sum: Tensor
+    negatives: Tensor
+    best_positive: Tensor
+    """The largest logit of a positive, or ABSENT."""
+    best_negative: Tensor
+
+
+ABSENT = -1e30
+"""A logit of nothing: finite, so that 0 * ABSENT is 0."""
+
+
+class Slopes(NamedTuple):
+    """What the gradient needs of each anchor, [P, N] each. As one tensor: `torch.stack` of them."""
+
+    normalizer: Tensor
+    """logsumexp of the logits; -ABSENT where the anchor has no loss."""
+    target: Tensor
+    """1 / number of positives."""
+    slope: Tensor
+    """d total / d loss; 0 where the anchor has no loss."""
+
+
+def no_anchors(problem: Problem) -> Tensor:
+    """Anchors that have not seen any key, [9, P, N]."""
+    p, n = problem.sizes[:2]
+    anchors = torch.zeros(len(Anchors._fields), p, n, dtype=problem.dtype, device=problem.query.device)
+    for name in ("top", "best_positive", "best_negative"):
+        anchors[Anchors._fields.index(name)] = ABSENT
+    return anchors
+
+
+def no_slopes(like: Tensor) -> Tensor:
+    """Slopes [3, P, N] of anchors without a loss, shaped like other Slopes."""
+    slopes = torch.zeros_like(like)
+    slopes[Slopes._fields.index("normalizer")] = -ABSENT
+    return slopes
+
+
+def settle(anchors: Tensor, row_gradient: Tensor, temperature: Tensor) -> tuple[RowResults, Tensor, Tensor]:
+    """From anchors that have seen all keys: results, Slopes [3, P, N], and sum_j (d total / d logit) logit [P, N]."""
+    of = Anchors(*anchors.unbind())
+    valid, has_negative = of.positives > 0, (of.positives > 0) & (of.negatives > 0)
+    log_sum = torch.where(valid, of.exponentials, 1.0).log()
+    positive_mean = of.positive_sum / of.positives.clamp(min=1)
+    above = torch.where(valid, positive_mean - of.top, 0.0)
+    slope = torch.where(valid, row_gradient, 0.0)
+    results = RowResults(
+        loss=log_sum - above,
+        valid=valid.to(anchors.dtype),
+        positive_similarity=positive_mean * temperature,
+        negative_similarity=torch.where(has_negative, of.negative_sum / of.negatives.clamp(min=1) * temperature, 0.0),
+        has_negative=has_negative.to(anchors.dtype),
+        top1=(of.best_positive > of.best_negative).to(anchors.dtype),
+    )
+    normalizer = torch.where(valid, of.top + log_sum, -ABSENT)
+    mean_below = of.weighted_below / torch.where(valid, of.exponentials, 1.0)
+    slopes = torch.stack(Slopes(normalizer, valid / of.positives.clamp(min=1), slope))
+    return results, slopes, slope * (mean_below - above)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

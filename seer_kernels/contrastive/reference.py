@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seer_kernels.contrastive.problem import Gradients, Problem, RowResults, Wanted, row_weights
+from seer_kernels.contrastive.problem import (
+    ABSENT,
+    Anchors,
+    Gradients,
+    Problem,
+    RowResults,
+    Slopes,
+    Wanted,
+    row_weights,
+)
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -21,14 +30,78 @@ def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradient
     return _evaluate(problem, row_gradient, wanted)[1]
 
 
+def statistics(problem: Problem, anchors: Tensor) -> None:
+    """Adds to what is known of the queries of a "softmax" problem (`Anchors`, [9, P, N]) what its keys tell of them."""
+    similarity = _Similarity(problem)
+    positive, negative = _pair_masks(problem)
+    known, logits = Anchors(*anchors.unbind()), similarity.values / problem.temperature
+
+    def best_of(pairs: Tensor) -> Tensor:
+        return logits.masked_fill(~pairs, ABSENT).amax(-1)
+
+    best_positive, best_negative = best_of(positive), best_of(negative)
+    top = torch.maximum(known.top, torch.maximum(best_positive, best_negative))
+    candidates = (positive | negative) & (top > ABSENT).unsqueeze(-1)
+    below = (logits - top.unsqueeze(-1)).masked_fill(~candidates, ABSENT)
+    exponentials = below.exp()
+    shift = known.top - top
+    scale = shift.exp()
+    seen = Anchors(
+        top=top,
+        exponentials=scale * known.exponentials + exponentials.sum(-1),
+        weighted_below=scale * (known.weighted_below + shift * known.exponentials) + (exponentials * below).sum(-1),
+        positive_sum=known.positive_sum + logits.masked_fill(~positive, 0.0).sum(-1),
+        positives=known.positives + positive.sum(-1),
+        negative_sum=known.negative_sum + logits.masked_fill(~negative, 0.0).sum(-1),
+        negatives=known.negatives + negative.sum(-1),
+        best_positive=torch.maximum(known.best_positive, best_positive),
+        best_negative=torch.maximum(known.best_negative, best_negative),
+    )
+    anchors.copy_(torch.stack(seen))
+
+
+def slope_gradients(problem: Problem, slopes: Tensor, wanted: Wanted) -> Gradients:
+    """What the keys of a "softmax" problem add to the gradients of the features, given the `Slopes` [3, P, N] of the
+    queries as anchors that saw these and other keys."""
+    similarity = _Similarity(problem)
+    positive, negative = _pair_masks(problem)
+    of = Slopes(*slopes.unsqueeze(-1).unbind())  # [P, N, 1] each
+    logits = (similarity.values / problem.temperature).masked_fill(~(positive | negative), ABSENT)
+    slope = ((logits - of.normalizer).exp() - positive * of.target) * of.slope
+    return Gradients(*similarity.feature_gradients(slope, wanted), None, None)
+
+
+class _Similarity:
+    """The similarities of all queries and keys, and the way back from them to the features."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.sources = [x for x in (problem.query, problem.key) if x is not None]
+        wide = [x.to(problem.dtype) for x in self.sources]
+        self.units = [_unit_rows(x) for x in wide] if problem.normalize else wide
+        if problem.pairing.self_contrast:
+            self.query = self.key = torch.cat(self.units, 1)
+        else:
+            self.query, self.key = self.units
+        self.values = self.query @ self.key.mT  # [P, N, M]
+
+    def feature_gradients(self, slope: Tensor, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of Problem.query and Problem.key; `slope` is d total / d logit, [P, N, M]."""
+        problem = self.problem
+        unit_gradients = [slope @ self.key / problem.temperature, slope.mT @ self.query / problem.temperature]
+        if problem.pairing.self_contrast:
+            unit_gradients = list(torch.split(unit_gradients[0] + unit_gradients[1], problem.query.shape[1], 1))
+        gradients = [
+            _unit_rows_gradient(gradient, unit, source) if problem.normalize else gradient
+            for gradient, unit, source in zip(unit_gradients, self.units, self.sources, strict=True)
+        ]
+        return gradients[0] if wanted.query else None, gradients[1] if wanted.key else None
+
+
 def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
     temperature, bias = problem.temperature, problem.bias
-    sources = [x for x in (problem.query, problem.key) if x is not None]
-    units = [_unit_rows(x.to(problem.dtype)) if problem.normalize else x.to(problem.dtype) for x in sources]
-    query = key = torch.cat(units, 1)
-    if not problem.pairing.self_contrast:
-        query, key = units
-    similarity = query @ key.mT  # [P, N, M]
+    products = _Similarity(problem)
+    similarity = products.values
     positive, negative = _pair_masks(problem)
 
     # slope = d total / d logit, [P, N, M]
@@ -44,16 +117,8 @@ def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[R
         slope[..., :n] += column_slope.mT
         slope = slope / 2
 
-    unit_gradients = [slope @ key / temperature, slope.mT @ query / temperature]
-    if problem.pairing.self_contrast:
-        unit_gradients = list(torch.split(unit_gradients[0] + unit_gradients[1], problem.query.shape[1], 1))
-    gradients = [
-        _unit_rows_gradient(gradient, unit, source) if problem.normalize else gradient
-        for gradient, unit, source in zip(unit_gradients, units, sources, strict=True)
-    ]
     return rows, Gradients(
-        gradients[0] if wanted.query else None,
-        gradients[1] if wanted.key else None,
+        *products.feature_gradients(slope, wanted),
         -(slope * similarity).sum((1, 2)) / temperature**2 if wanted.temperature else None,
         slope.sum((1, 2)) if wanted.bias else None,
     )
@@ -98,7 +163,7 @@ def _softmax(logits: Tensor, positive: Tensor, negative: Tensor, row_gradient: T
 
 def _sigmoid(logits: Tensor, positive: Tensor, negative: Tensor, row_gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each row [P, N], and d sum_i row_gradient_i loss_i / d logit_ij [P, N, M]."""
-    taking_part = (positive | negative) & positive.any(-1, keepdim=True)
+    taking_part = positive | negative
     sign = positive.to(logits.dtype) * 2 - 1
     loss = -torch.nn.functional.logsigmoid(sign * logits).masked_fill(~taking_part, 0.0).sum(-1)
     slope = (-sign * torch.sigmoid(-sign * logits)).masked_fill(~taking_part, 0.0)

@@ -150,17 +150,18 @@ def test_every_instruction_set(loss: str, level: int, dtype: torch.dtype, m: int
         _native.limit_instruction_set(_native.best_instruction_set())
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "symmetric", "siglip", "nt_xent"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_do_not_change_the_result(backend: str) -> None:
-    inputs = features(1, 300, 900, 64, torch.float32)
+def test_threads_do_not_change_the_result(backend: str, loss: str) -> None:
+    """Enough work for five threads: native kernels start one for every half a million products."""
+    inputs = features(1, 1200, 2300, 8, torch.float32)
     results = []
-    threads = torch.get_num_threads()
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(info_nce(*inputs, backend=backend, reduction="none"))
-    torch.set_num_threads(threads)
+        results.append(value_and_gradients(partial(call, loss, backend=backend), inputs))
     for other in results[1:]:
-        torch.testing.assert_close(results[0], other, rtol=1e-5, atol=1e-6)
+        for got, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
@@ -195,6 +196,34 @@ def test_gradient_of_one_input_alone(loss: str, backend: str, side: str, reducti
     cotangent = torch.rand(alone.shape, generator=generator, dtype=torch.float64) + 0.5
     (gradient,) = torch.autograd.grad((alone * cotangent).sum(), inputs[side])
     torch.testing.assert_close(gradient, every[1 + list(inputs).index(side)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "symmetric", "sup_con"])
+def test_products_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    """The last block of 70000 x 70000 products, as the problem of its rows (and, in their columns, of no others)."""
+    n, blocks = 70_000, native._Sweep.blocks
+    query, key = features(1, n, n, 2)
+    labels = torch.arange(n) % 5
+    last = n % (native.BLOCK_BYTES // (8 * n))
+    assert last > 1
+    tail = slice(n - last, n)
+    monkeypatch.setattr(native._Sweep, "blocks", lambda sweep, rows: list(blocks(sweep, rows))[-1:])
+
+    def whole(query: Tensor, key: Tensor) -> Tensor:
+        return call(loss, query, key, query_labels=labels, backend="native", reduction="none")[:, tail]
+
+    def alone(query: Tensor, key: Tensor) -> Tensor:
+        query, own, others = query[:, tail], key[:, tail], key[:, : n - last]
+        if loss == "sup_con":
+            return call(loss, query, key, query_labels=labels[tail], backend="reference", reduction="none")
+        rows = info_nce(query, torch.cat([own, others], 1), backend="reference", reduction="none")
+        columns = info_nce(own, query, backend="reference", reduction="none")
+        return rows if loss == "info_nce" else (rows + columns) / 2
+
+    for got, expected in zip(
+        value_and_gradients(whole, [query, key]), value_and_gradients(alone, [query, key]), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

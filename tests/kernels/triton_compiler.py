@@ -1,0 +1,201 @@
+"""Compiles the Triton kernels for chips that are not here, and reads off what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seer_kernels.contrastive import triton_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may use
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+_FEATURES = ("x", "y", "a", "b", "slopes")
+_LABELS = ("x_labels", "y_labels")
+_INTEGERS = (
+    *("P", "N", "X", "Y", "D", "own_shift", "first_problem", "first_row", "row_count", "first_key", "key_count"),
+    *("part_count", "part_keys", "bucket", "count", "plane", "rows", "columns", "inner"),
+    *("a_row", "a_inner", "b_inner", "b_column", "out_row"),
+)
+_LONG_INTEGERS = ("a_problem", "b_problem", "out_problem")
+_UNALIGNED = ("P", "own_shift", "part_count", "count", "bucket", "share")
+
+
+class Case(NamedTuple):
+    """One kernel with one tuning configuration and one set of switches: values of its constexpr arguments, and None for
+    tensors that are left out."""
+
+    kernel: str
+    config: int
+    dtype: torch.dtype
+    switches: tuple[tuple[str, Any], ...]
+
+    @property
+    def multiplies(self) -> bool:
+        return self.kernel in ("multiply", "gradient") or ("products", None) in self.switches
+
+    def __str__(self) -> str:
+        return "-".join([self.kernel, str(self.config), str(self.dtype)[6:], *(f"{k}={v}" for k, v in self.switches)])
+
+
+class Binary(NamedTuple):
+    shared: int
+    """Bytes of shared memory."""
+    spilled: int
+    """Bytes of local memory per thread, where registers spill to."""
+    assembly: str
+
+
+def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The sets of switches that a kernel is compiled with: the one that needs most registers first."""
+    precision = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+    width = 64 if dtype == torch.float32 else 256
+    unit = {} if dtype == torch.float16 else {"unit": None}
+    pairs = {"bias": None, "RULE": 2, "SELF": False, "X_WEIGHTED": True, "Y_WEIGHTED": True}
+    few = {**pairs, "RULE": 0, "X_WEIGHTED": False, "Y_WEIGHTED": False, "weights": None, "x_scale": None}
+    few |= {"y_scale": None}
+    alone = {**pairs, "RULE": 1, "SELF": True}
+    sigmoid = {k: v for k, v in pairs.items() if k != "bias"}
+    if kernel == "multiply":
+        block = {**precision, "BLOCK_K": 128 // dtype.itemsize}
+        return [
+            {**block, "ADD": add, **strides}
+            for add in (True, False)
+            for strides in ({"a_inner": 1, "b_column": 1}, {"a_row": 1, "b_column": 1}, {"a_inner": 1, "b_inner": 1})
+        ]
+    if kernel == "slopes":
+        block = {**unit, "BLOCK_X": 16, "BLOCK_Y": 128}
+        return [{**block, **pairs}, {**block, **few, "y_anchors": None}, {**block, **sigmoid, "y_anchors": None}]
+    if kernel == "gradient":
+        return [
+            {**precision, **unit, **each, "EVEN": even, "BLOCK_D": block}
+            for each in (pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}, alone)
+            for even, block in ((True, width), (False, width // 2), (True, 16))
+        ]
+    if kernel == "statistics":
+        alone_rows = {**alone, "column_parts": None}
+        return [
+            {**precision, **each, **block, "BLOCK_X": 64}
+            for each in (pairs, {**few, "column_parts": None}, {**sigmoid, "column_parts": None}, alone_rows)
+            for block in (
+                {"products": None, "EVEN": True, "BLOCK_D": width},
+                {"products": None, "EVEN": False, "BLOCK_D": 16},
+                {"EVEN": False, "BLOCK_D": 16},
+            )
+        ]
+    if kernel == "settle":
+        return [{"SIGMOID": sigmoid, "BLOCK": 128} for sigmoid in (False, True)]
+    if kernel == "merge":
+        return [{"BLOCK": 128}]
+    rows = [{"BLOCK": 1, "BLOCK_D": 1024}, {"BLOCK": 64, "BLOCK_D": 16}]
+    return rows if kernel == "inverse_norms" else [{**unit, **each} for each in rows]
+
+
+_KERNELS = ("multiply", "statistics", "gradient", "slopes", "settle", "merge", "inverse_norms", "project")
+
+
+def every_case() -> list[tuple[str, Case]]:
+    return [
+        (target, Case(kernel, config, dtype, tuple(switches.items())))
+        for target in TARGETS
+        for kernel in _KERNELS
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for switches in _switches(kernel, dtype)
+        for config in _usable(kernel, target, switches, dtype)
+    ]
+
+
+def some_cases() -> list[tuple[str, Case]]:
+    """The largest usable configuration of each kernel that multiplies, with most switches on; and one of each other."""
+    cases = []
+    for target in TARGETS:
+        for kernel in _KERNELS if target == "sm_90" else _KERNELS[:3]:
+            switches = _switches(kernel, torch.bfloat16)[0]
+            config = _usable(kernel, target, switches, torch.bfloat16)[-1]
+            cases.append((target, Case(kernel, config, torch.bfloat16, tuple(switches.items()))))
+    return cases
+
+
+def _usable(kernel: str, target: str, switches: dict[str, Any], dtype: torch.dtype) -> list[int]:
+    """Which tuning configurations the launcher would try on a chip."""
+    tuner = getattr(triton_kernels, f"_tuned_{kernel}", None)
+    if tuner is None:
+        return [0]
+    arguments = {name: torch.empty(0, dtype=dtype) for name in tuner.arg_names if name in ("a", "x", "row_parts")}
+    with mock.patch.object(triton_kernels, "_shared_memory", return_value=SHARED_LIMITS[target]):
+        usable = triton_kernels._usable_configs(tuner.configs, {"column_parts": 0, **arguments}, **switches)
+    return [tuner.configs.index(config) for config in usable]
+
+
+def allowed_spills(case: Case) -> int:
+    """Bytes. A product of 128 x 256 that adds holds all accumulators and addresses of them at once before its loop:
+    some registers wait in local memory meanwhile (none within the loop, says the disassembly for sm_90)."""
+    if case.kernel != "multiply" or ("ADD", True) not in case.switches:
+        return 0
+    return 288 if _kernel_and_config(case)[1].kwargs["BLOCK_Y"] == 256 else 0
+
+
+def compile_case(case: Case, target: str) -> Binary:
+    kernel, config = _kernel_and_config(case)
+    constants = {**dict(case.switches), **config.kwargs}
+    signature, attributes = {}, {}
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in _INTEGERS:
+            signature[name] = "i32"
+        elif name in _LONG_INTEGERS:
+            signature[name] = "i64"
+        elif name == "share":
+            signature[name] = "fp32"
+        else:
+            signature[name] = _TYPES[case.dtype] if name in _FEATURES else "*i32" if name in _LABELS else "*fp32"
+        if name not in _UNALIGNED:  # sizes that are multiples of 16: what the launcher promises of such
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": config.num_warps, "num_stages": config.num_stages}
+    )
+    if target == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        spilled = 4 * sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", assembly))
+        return Binary(compiled.metadata.shared, spilled, assembly)
+    return Binary(compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"]), compiled.asm["ptx"])
+
+
+def _kernel_and_config(case: Case) -> tuple[Any, Any]:
+    tuner = getattr(triton_kernels, f"_tuned_{case.kernel}", None)
+    if tuner is not None:
+        return tuner.fn, tuner.configs[case.config]
+    return getattr(triton_kernels, f"_{case.kernel}"), triton.Config({})
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory: where registers spill to."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
