@@ -96,13 +96,18 @@ struct Features {
 
 namespace cpu {
 
-// products [P, N, M] = query . key.
+// products [P, N, M] = query . key; and, unless they are null, 1 / |query| [P, N] and 1 / |key| [P, M], 0 for rows of zeros.
 template <class T>
-void pair_products(const Features<T>& features, T* products, int threads);
+void pair_products(const Features<T>& features, T* products, T* query_inverse_norms, T* key_inverse_norms, int threads);
+
+// What normalisation takes off the gradients of the features, as a multiple of the features themselves: of each query
+// and, unless key_inverse_norms is null, then of each key; [P, N + M] or [P, N].
+template <class T>
+void components_along(const Features<T>& features, const T* slopes, const T* products, const T* query_inverse_norms,
+                      const T* key_inverse_norms, T* along, int threads);
 
 // Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it is
-// not wanted. along [P, along_stride], null for zeros, holds of each query and then of each key the multiple of the
-// features themselves that is taken off.
+// not wanted. along [P, along_stride] is null where the features were not normalised.
 template <class T>
 void feature_gradients(const Features<T>& features, const T* slopes, const T* along, int64_t along_stride,
                        T* query_gradient, T* key_gradient, int threads);

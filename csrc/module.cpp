@@ -80,11 +80,24 @@ void bind_features(py::module_& m, const std::string& type) {
            py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("query"), py::arg("key"));
   m.def(
       ("pair_products_" + type).c_str(),
-      [](const Features<T>& features, std::uintptr_t products, int threads) {
-        cpu::pair_products(features, pointer<T>(products), threads);
+      [](const Features<T>& features, std::uintptr_t products, std::uintptr_t query_inverse_norms,
+         std::uintptr_t key_inverse_norms, int threads) {
+        cpu::pair_products(features, pointer<T>(products), pointer<T>(query_inverse_norms),
+                           pointer<T>(key_inverse_norms), threads);
       },
-      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("threads"),
+      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("query_inverse_norms"),
+      py::arg("key_inverse_norms"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("components_along_" + type).c_str(),
+      [](const Features<T>& features, std::uintptr_t slopes, std::uintptr_t products,
+         std::uintptr_t query_inverse_norms, std::uintptr_t key_inverse_norms, std::uintptr_t along, int threads) {
+        cpu::components_along(features, pointer<const T>(slopes), pointer<const T>(products),
+                              pointer<const T>(query_inverse_norms), pointer<const T>(key_inverse_norms),
+                              pointer<T>(along), threads);
+      },
+      py::arg("features"), py::kw_only(), py::arg("slopes"), py::arg("products"), py::arg("query_inverse_norms"),
+      py::arg("key_inverse_norms"), py::arg("along"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       ("feature_gradients_" + type).c_str(),
       [](const Features<T>& features, std::uintptr_t slopes, std::uintptr_t along, int64_t along_stride,

@@ -27,7 +27,8 @@ inline void add_dots(const T* a, const T* b, int64_t D, int64_t n, T* products, 
   }
 }
 
-// out[r, 0:W vectors] = sum_j weights[r, j] rows[j, :] - along[r] own[r, :]; only the first n columns exist.
+// out[r, 0:W vectors] = sum_j weights[r, j] rows[j, :] - along[r] own[r, :]; rows and own are kFeatureStrip apart, rows of
+// out D. Only the first n columns exist.
 template <int R, int W, class T, class Width>
 inline void combine(const T* weights, int64_t row_stride, int64_t column_stride, int64_t count, const T* rows,
                     const T* along, const T* own, T* out, int64_t D, Width n) {
@@ -36,7 +37,7 @@ inline void combine(const T* weights, int64_t row_stride, int64_t column_stride,
   V sums[R][W] = {};
   for (int64_t j = 0; j < count; ++j) {
     V row[W];
-    for (int w = 0; w < W; ++w) row[w] = load_first<V>(rows + j * D + w * kLanes, n - w * kLanes);
+    for (int w = 0; w < W; ++w) row[w] = load<V>(rows + j * kFeatureStrip + w * kLanes);
     for (int r = 0; r < R; ++r) {
       const V weight = V{} + weights[r * row_stride + j * column_stride];
       for (int w = 0; w < W; ++w) sums[r][w] += weight * row[w];
@@ -44,8 +45,8 @@ inline void combine(const T* weights, int64_t row_stride, int64_t column_stride,
   }
   for (int r = 0; r < R; ++r) {
     for (int w = 0; w < W; ++w) {
-      if (along) sums[r][w] -= (V{} + along[r]) * load_first<V>(own + r * D + w * kLanes, n - w * kLanes);
-      if (n > w * kLanes) store_first(out + r * D + w * kLanes, sums[r][w], std::min(n - w * kLanes, kLanes));
+      if (along) sums[r][w] -= (V{} + along[r]) * load<V>(own + r * kFeatureStrip + w * kLanes);
+      if (n > w * kLanes) store_first(out + r * D + w * kLanes, sums[r][w], std::min<int64_t>(n - w * kLanes, kLanes));
     }
   }
 }
@@ -58,9 +59,17 @@ inline void each_tile(int64_t count, const Body& body) {
   for (; i < count; ++i) body(i, std::integral_constant<int, 1>{});
 }
 
-// Groups [begin, end) of kRowGroup queries, counted over the problems.
+// 1 / |x|, 0 for a row of zeros.
 template <class T>
-void pair_products(const Features<T>& f, T* products, int64_t begin, int64_t end) {
+inline T inverse_norm(const T* x, int64_t D) {
+  T square = 0;
+  add_dots<1, 1>(x, x, D, D, &square, 0);
+  return square == T(0) ? T(0) : T(1) / std::sqrt(square);
+}
+
+// Groups [begin, end) of kRowGroup queries, counted over the problems; each also sees to an equal share of the keys' norms.
+template <class T>
+void pair_products(const Features<T>& f, T* products, T* query_norms, T* key_norms, int64_t begin, int64_t end) {
   constexpr int64_t kFeatures = 4096 / sizeof(T);  // so that the queries of a tile stay in the first-level cache
   const int64_t groups = (f.N + kRowGroup - 1) / kRowGroup;
   for (int64_t g = begin; g < end; ++g) {
@@ -69,6 +78,12 @@ void pair_products(const Features<T>& f, T* products, int64_t begin, int64_t end
     T* out = products + (p * f.N + first) * f.M;
     const int64_t rows = std::min(kRowGroup, f.N - first);
     std::fill(out, out + rows * f.M, T(0));
+    if (query_norms) {
+      for (int64_t i = 0; i < rows; ++i) query_norms[p * f.N + first + i] = inverse_norm(query + i * f.D, f.D);
+      for (int64_t j = f.M * (g % groups) / groups; j < f.M * (g % groups + 1) / groups; ++j) {
+        key_norms[p * f.M + j] = inverse_norm(key + j * f.D, f.D);
+      }
+    }
     for (int64_t d = 0; d < f.D; d += kFeatures) {
       const int64_t n = std::min(kFeatures, f.D - d);
       each_tile<kTileRows>(rows, [&](int64_t i, auto tile_rows) {
@@ -80,34 +95,76 @@ void pair_products(const Features<T>& f, T* products, int64_t begin, int64_t end
   }
 }
 
-// Strips [begin, end) of kFeatureStrip features, counted over the problems.
+// along[r] = sum_j slopes[r, j] products[r, j] / |r|^2 over the columns, for each row.
+template <class T>
+inline void components_along(const T* slopes, const T* products, int64_t row_stride, int64_t column_stride,
+                             int64_t rows, int64_t columns, const T* inverse_norms, T* along) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T dot = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      dot += slopes[r * row_stride + j * column_stride] * products[r * row_stride + j * column_stride];
+    }
+    along[r] = dot * inverse_norms[r] * inverse_norms[r];
+  }
+}
+
+// Problems [begin, end); of the keys only where they have norms.
+template <class T>
+void components_along(const Features<T>& f, const T* slopes, const T* products, const T* query_norms,
+                      const T* key_norms, T* along, int64_t begin, int64_t end) {
+  const int64_t stride = f.N + (key_norms ? f.M : 0);
+  for (int64_t p = begin; p < end; ++p) {
+    const T *slope = slopes + p * f.N * f.M, *product = products + p * f.N * f.M;
+    components_along(slope, product, f.M, 1, f.N, f.M, query_norms + p * f.N, along + p * stride);
+    if (key_norms) {
+      components_along(slope, product, 1, f.M, f.M, f.N, key_norms + p * f.M, along + p * stride + f.N);
+    }
+  }
+}
+
+// A strip of `width` features of all rows, side by side: at a distance of D, often a power of two, they would displace
+// each other in the cache.
+template <class T>
+inline void gather_strip(const T* x, int64_t rows, int64_t D, int64_t width, T* strip) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(x + r * D, width, strip + r * kFeatureStrip);
+    std::fill_n(strip + r * kFeatureStrip + width, kFeatureStrip - width, T(0));
+  }
+}
+
+// Strips [begin, end) of kFeatureStrip features, counted over the problems; room for such a strip of all N + M rows.
 template <class T>
 void feature_gradients(const Features<T>& f, const T* slopes, const T* along, int64_t along_stride, T* query_gradient,
-                       T* key_gradient, int64_t begin, int64_t end) {
+                       T* key_gradient, T* room, int64_t begin, int64_t end) {
   constexpr int64_t kWidth = kTileColumns * Simd<T>::kLanes;
   const int64_t strips = (f.D + kFeatureStrip - 1) / kFeatureStrip;
+  T *queries = room, *keys = room + f.N * kFeatureStrip;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t p = s / strips, first = s % strips * kFeatureStrip;
-    const auto gradient = [&](int64_t d, auto width) {  // a constant but for the last features
-      const T *query = f.query + p * f.N * f.D + d, *key = f.key + p * f.M * f.D + d, *slope = slopes + p * f.N * f.M;
-      const T* query_along = along ? along + p * along_stride : nullptr;
-      const T* key_along = along ? query_along + f.N : nullptr;
+    const int64_t width = std::min(kFeatureStrip, f.D - first);
+    gather_strip(f.query + p * f.N * f.D + first, f.N, f.D, width, queries);
+    gather_strip(f.key + p * f.M * f.D + first, f.M, f.D, width, keys);
+    const T* slope = slopes + p * f.N * f.M;
+    const T* query_along = along ? along + p * along_stride : nullptr;
+    const T* key_along = along ? query_along + f.N : nullptr;
+    const auto gradient = [&](int64_t d, auto columns) {  // a constant but for the last features
       if (query_gradient) {
         each_tile<kTileRows>(f.N, [&](int64_t i, auto tile) {
-          combine<tile, kTileColumns>(slope + i * f.M, f.M, 1, f.M, key, query_along ? query_along + i : nullptr,
-                                      query + i * f.D, query_gradient + (p * f.N + i) * f.D + d, f.D, width);
+          combine<tile, kTileColumns>(slope + i * f.M, f.M, 1, f.M, keys + d, query_along ? query_along + i : nullptr,
+                                      queries + i * kFeatureStrip + d, query_gradient + (p * f.N + i) * f.D + first + d,
+                                      f.D, columns);
         });
       }
       if (key_gradient) {
         each_tile<kTileRows>(f.M, [&](int64_t j, auto tile) {
-          combine<tile, kTileColumns>(slope + j, 1, f.M, f.N, query, key_along ? key_along + j : nullptr,
-                                      key + j * f.D, key_gradient + (p * f.M + j) * f.D + d, f.D, width);
+          combine<tile, kTileColumns>(slope + j, 1, f.M, f.N, queries + d, key_along ? key_along + j : nullptr,
+                                      keys + j * kFeatureStrip + d, key_gradient + (p * f.M + j) * f.D + first + d, f.D,
+                                      columns);
         });
       }
     };
-    const int64_t last = std::min(first + kFeatureStrip, f.D);
-    int64_t d = first;
-    for (; d + kWidth <= last; d += kWidth) gradient(d, std::integral_constant<int64_t, kWidth>{});
-    if (d < last) gradient(d, last - d);
+    int64_t d = 0;
+    for (; d + kWidth <= width; d += kWidth) gradient(d, std::integral_constant<int64_t, kWidth>{});
+    if (d < width) gradient(d, width - d);
   }
 }

@@ -191,21 +191,22 @@ class _Sweep:
         self.device = problem.query.device
         sets = [x for x in (problem.query, problem.key) if x is not None]
         self.gradients = [self.no_gradient(x) if want else None for x, want in zip(sets, wanted[:2], strict=False)]
-        self.inverse_norms = [_inverse_norms(x, self.dtype) for x in sets] if problem.normalize else []
+        self.inverse_norms = [self.norms(x) for x in sets] if problem.normalize else []
         if problem.pairing.self_contrast:
             self.query_sets = self.key_sets = list(range(len(sets)))
-            scales = [torch.cat(self.inverse_norms, 1)] * 2 if problem.normalize else [None, None]
+            scales = [torch.cat(self.inverse_norms, 1)] * 2 if problem.normalize else []
         else:
             self.query_sets, self.key_sets = [0], [1]
-            scales = self.inverse_norms or [None, None]
-        self.sets, self.scales = sets, scales
+            scales = self.inverse_norms
+        self.sets, self.scales = sets, scales  # scales of queries and keys; none for raw products
+        self.scale_addresses = [x.data_ptr() for x in scales] or [0, 0]
         self.temperature, self.bias = self._on_device(problem.temperature), self._on_device(problem.bias)
         self.operands = getattr(_native, f"Operands_{_suffix(self.dtype)}")(
             P=self.P,
             N=self.N,
             M=self.M,
-            query_scale=_address(scales[0]),
-            key_scale=_address(scales[1]),
+            query_scale=self.scale_addresses[0],
+            key_scale=self.scale_addresses[1],
             temperature=_address(self.temperature),
             bias=_address(self.bias),
             query_labels=_address(problem.query_labels),
@@ -226,6 +227,11 @@ class _Sweep:
     def no_gradient(self, features: Tensor) -> Tensor | None:
         """Zeros, which cost nothing until they are touched: every product is added."""
         return torch.zeros(features.shape, dtype=self.dtype, device=self.device)
+
+    def norms(self, features: Tensor) -> Tensor:
+        """1 / |x| per row, 0 for a row of zeros: [P, rows]."""
+        norm: Tensor = torch.linalg.vector_norm(features, dim=-1, dtype=self.dtype)
+        return norm.masked_fill_(norm == 0, torch.inf).reciprocal_()
 
     @property
     def wants_features(self) -> bool:
@@ -308,24 +314,38 @@ class _CachedSweep(_Sweep):
     def no_gradient(self, features: Tensor) -> Tensor | None:
         return None
 
+    def norms(self, features: Tensor) -> Tensor:
+        """Empty: `multiply` fills them."""
+        return features.new_empty(features.shape[:2], dtype=self.dtype)
+
     def blocks(self, rows: int) -> Iterator[_Block]:
         yield _Block(slice(0, self.P), slice(0, self.N), 0)
 
     def multiply(self, block: _Block, products: Tensor) -> None:
-        problem = self.problem
         sets = [x.to(self.dtype).contiguous() for x in self.sets]
-        if problem.pairing.self_contrast:
-            sets = [sets[0] if problem.key is None else torch.cat(sets, 1)] * 2
-        _launch("pair_products", products, _features(*sets), products=products.data_ptr())
-        if problem.normalize and self.wants_features:
+        if self.problem.pairing.self_contrast:
+            sets = [sets[0] if len(sets) == 1 else torch.cat(sets, 1)] * 2
+        self.features = _features(*sets)
+        query_norms, key_norms = self.scale_addresses
+        norms = {"query_inverse_norms": query_norms, "key_inverse_norms": key_norms}
+        _launch("pair_products", products, self.features, products=products.data_ptr(), **norms)
+        if self.scales and self.wants_features:
             self.products = products.clone()
 
     def accumulate(self, block: _Block, slopes: Tensor) -> None:
-        along = slopes.new_empty(self.P, 0)
-        if self.problem.normalize:
-            norms = [torch.cat(self.inverse_norms, 1)] if self.problem.pairing.self_contrast else self.inverse_norms
-            weighted = slopes * self.products
-            along = torch.cat([weighted.sum(-1 - side) * x.square() for side, x in enumerate(norms)], 1)
+        sides = 1 if self.problem.pairing.self_contrast else 2  # slopes of a set against itself hold both triangles
+        along = slopes.new_empty(self.P, sum(x.shape[1] for x in self.scales[:sides]))
+        if self.scales:
+            _launch(
+                "components_along",
+                slopes,
+                self.features,
+                slopes=slopes.data_ptr(),
+                products=self.products.data_ptr(),
+                query_inverse_norms=self.scale_addresses[0],
+                key_inverse_norms=self.scale_addresses[1] if sides == 2 else 0,
+                along=along.data_ptr(),
+            )
         self.slopes = PairSlopes(slopes, along)
 
 
@@ -422,12 +442,6 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         torch.addmm(out[0], a[0], b[0], beta=int(add), out=out[0])
     else:
         torch.baddbmm(out, a, b, beta=int(add), out=out)
-
-
-def _inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / |x| per row, 0 for a row of zeros: [P, rows]."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    return norm.masked_fill_(norm == 0, torch.inf).reciprocal_()
 
 
 def _project(gradient: Tensor, x: Tensor, inverse_norm: Tensor) -> None:
