@@ -803,12 +803,14 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = _operators.below_autograd(_contrastive, *inputs)
-        tensors, ctx.options, ctx.reduction = inputs[:7], inputs[7:12], inputs[12]
-        ctx.formed = [ctx.reduction != "none" and formed for formed in inputs[15:]]
-        ctx.save_for_backward(*tensors, *output[2:])
-        ctx.mark_non_differentiable(output[1])
+        tensors, ctx.arguments = inputs[:7], inputs[7:]
+        # Not saved but handed over: the first backward pass scales them in place and gives them away.
+        loss, statistics, scale, *ctx.features, temperature, bias, slopes, along = output
+        ctx.save_for_backward(*tensors, scale, temperature, bias, slopes, along)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return output
+        handed_over = (x.new_empty(0) for x in ctx.features)
+        return loss, statistics, scale, *handed_over, temperature, bias, slopes, along
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -817,18 +819,31 @@ class _Contrastive(torch.autograd.Function):
         if loss_gradient is None or not any(wanted):
             return (None,) * 4 + nothing
         tensors = ctx.saved_tensors  # once: a checkpointed graph recomputes them at this
-        inputs, scale, saved = tensors[:7], tensors[7], tensors[8:]
+        inputs, (scale, *scalars, slopes, along) = tensors[:7], tensors[7:]
         query, key, temperature, bias, *_, weights = inputs
-        if all(formed for formed, want in zip(ctx.formed, wanted, strict=True) if want):
-            gradients = _scale(*saved, loss_gradient / scale, query, key, ctx.options[1], *wanted[:2])
+        options, reduction, prepared = ctx.arguments[:5], ctx.arguments[5], ctx.arguments[8:]
+        features = ctx.features
+        if slopes.numel() == 0:
+            ctx.features = None
+        if reduction != "none" and all(there for there, want in zip(prepared, wanted, strict=True) if want):
+            total = loss_gradient / scale
+            if features is None:  # given away, and the graph was kept
+                features = _operators.below_autograd(_contrastive, *inputs, *ctx.arguments)[3:5]
+            if slopes.numel() or torch.is_grad_enabled():
+                gradients = _scale(*features, *scalars, slopes, along, total, query, key, options[1], *wanted[:2])
+            else:
+                gradients = [
+                    *(x.mul_(total.view(-1, 1, 1)).to(query.dtype) if x.numel() else x for x in features),
+                    *((x * total).sum() if x.numel() else x for x in scalars),
+                ]
         else:
             row_gradient = loss_gradient
-            if ctx.reduction != "none":
+            if reduction != "none":
                 row_gradient = (loss_gradient / scale).unsqueeze(-1)
             if weights is not None:
                 row_gradient = row_gradient * weights.to(row_gradient.dtype)
-            rows = query.shape[1] * (2 if ctx.options[1] == "views" else 1)
-            gradients = _recompute(row_gradient.expand(query.shape[0], rows), *inputs, *ctx.options, *wanted)
+            rows = query.shape[1] * (2 if options[1] == "views" else 1)
+            gradients = _recompute(row_gradient.expand(query.shape[0], rows), *inputs, *options, *wanted)
         query_gradient, key_gradient, temperature_gradient, bias_gradient = gradients
         return (
             query_gradient if wanted.query else None,

@@ -68,6 +68,24 @@ def test_opcheck(backend: str, reduction: str, form: str, pairing: str, labelled
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [8, 300])
+def test_a_graph_that_is_kept_gives_its_gradient_again(backend: str, rows: int) -> None:
+    query, key = torch.randn(2, rows, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    inputs = [query.requires_grad_(), key.requires_grad_(), torch.tensor(0.2, requires_grad=True)]
+    loss = info_nce(query, key, temperature=inputs[2], backend=backend)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)  # may be given away: the next ones are formed again
+    kept = [gradient.clone() for gradient in first]
+    tripled = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    (of_keys,) = torch.autograd.grad(loss, key, create_graph=True)
+    for gradient, before, three_times in zip(first, kept, tripled, strict=True):
+        assert torch.equal(gradient, before)
+        torch.testing.assert_close(three_times, 3 * before, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(of_keys, kept[1])
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(of_keys.sum(), query)
+
+
 @pytest.mark.parametrize("pairing", ["rows", "views"])
 @pytest.mark.parametrize("from_slopes", [False, True])
 def test_opcheck_of_the_scaling(from_slopes: bool, pairing: str) -> None:
