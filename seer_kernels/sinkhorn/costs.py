@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from seer_kernels import _dispatch, _operators
-from seer_kernels.sinkhorn import native, reference
-from seer_kernels.sinkhorn.problem import Clouds, accumulation_dtype
+from seer_kernels.sinkhorn import native
+from seer_kernels.sinkhorn.problem import CANCELLED, Clouds, accumulation_dtype, existing
 
-_BACKENDS = {"reference": reference, "native": native}
+CLOSE_ELEMENTS = 1 << 22
+"""Features gathered at a time where squared distances are formed from differences."""
 TWICE = (
     "the Sinkhorn family of seer_kernels cannot be differentiated twice: its gradient is a fused kernel. "
     'With backend="reference" and gradient="unrolled" the solution of given costs can'
@@ -26,14 +27,62 @@ def cost_matrix(
     return result
 
 
+def by_torch(clouds: Clouds) -> Tensor:
+    """The ground costs [B, n, m] in the accumulation dtype; finite, but without meaning, past the lengths."""
+    x, y = _prepared(clouds)
+    if clouds.cost == "cosine":
+        return 1 - _unit(x)[0] @ _unit(y)[0].mT
+    x_squared, y_squared = x.square().sum(-1), y.square().sum(-1)
+    bound = x_squared.unsqueeze(-1) + y_squared.unsqueeze(-2)
+    squared = torch.baddbmm(bound, x, y.mT, alpha=-2)
+    close = (squared < CANCELLED * bound).nonzero()
+    for some in torch.split(close, max(1, CLOSE_ELEMENTS // x.shape[-1])):
+        p, i, j = some.unbind(-1)
+        squared[p, i, j] = (x[p, i] - y[p, j]).square().sum(-1)
+    return squared if clouds.cost == "sqeuclidean" else squared.sqrt()
+
+
+def _prepared(clouds: Clouds) -> tuple[Tensor, Tensor]:
+    """Both clouds in the accumulation dtype, 0 past the lengths, and about their common centre if costs are distances.
+
+    Far from the origin |x|^2 + |y|^2 - 2 x.y has lost the digits in which distances differ.
+    """
+    dtype = accumulation_dtype(clouds.x.dtype)
+    x, y = clouds.x.to(dtype), clouds.y.to(dtype)
+    if clouds.cost == "cosine":
+        return _masked(x, clouds.x_lengths), _masked(y, clouds.y_lengths)
+    # A point to subtract first keeps the digits of the mean, which a sum of large coordinates would lose.
+    origin = x[:, :1]
+    x, y = _masked(x - origin, clouds.x_lengths), _masked(y - origin, clouds.y_lengths)
+    count = sum(
+        cloud.shape[1] if lengths is None else lengths.view(-1, 1, 1)
+        for cloud, lengths in ((x, clouds.x_lengths), (y, clouds.y_lengths))
+    )
+    centre = (x.sum(1, keepdim=True) + y.sum(1, keepdim=True)) / count
+    return _masked(x - centre, clouds.x_lengths), _masked(y - centre, clouds.y_lengths)
+
+
+def _masked(cloud: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return cloud
+    exists = existing(lengths, cloud.shape[0], cloud.shape[1], cloud.device)
+    return cloud.masked_fill(~exists.unsqueeze(-1), 0.0)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| and 1 / |x|, both 0 for a row of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.where(norm > 0, 1 / norm, 0.0)
+    return x * inverse, inverse
+
+
 def _cost_kernel(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, cost: str, backend: str
 ) -> Tensor:
     clouds = Clouds(x, y, x_lengths, y_lengths, cost)
-    chosen = _BACKENDS[_dispatch.choose(backend, x.device, native.lacks(x.device))]
+    chosen = _dispatch.choose(backend, x.device, native.lacks(x.device))
     with torch.autocast(x.device.type, enabled=False):
-        matrix: Tensor = chosen.cost_matrix(clouds)
-    return matrix
+        return native.cost_matrix(clouds) if chosen == "native" else by_torch(clouds)
 
 
 def _cost_fake(
@@ -55,9 +104,9 @@ def _slope_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x and y from `gradient` [B, n, m] (0 past the lengths) to the costs `matrix`; [0] if not wanted."""
     with torch.autocast(x.device.type, enabled=False):
-        points, others = reference.prepared(Clouds(x, y, x_lengths, y_lengths, cost))
+        points, others = _prepared(Clouds(x, y, x_lengths, y_lengths, cost))
         if cost == "cosine":
-            (points, x_inverse), (others, y_inverse) = reference.unit(points), reference.unit(others)
+            (points, x_inverse), (others, y_inverse) = _unit(points), _unit(others)
         elif cost == "euclidean":
             gradient = torch.where(matrix > 0, gradient / matrix, 0.0)
         else:
