@@ -7,5 +7,14 @@ from seer_kernels.sinkhorn.functional import (
     sinkhorn_divergence,
     sinkhorn_from_cost,
 )
+from seer_kernels.sinkhorn.k_variance import KVariance, k_variance
 
-__all__ = ["ConvergenceWarning", "SinkhornResult", "sinkhorn", "sinkhorn_divergence", "sinkhorn_from_cost"]
+__all__ = [
+    "ConvergenceWarning",
+    "KVariance",
+    "SinkhornResult",
+    "k_variance",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_from_cost",
+]

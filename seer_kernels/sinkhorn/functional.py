@@ -68,14 +68,17 @@ class SinkhornResult(NamedTuple):
 
         Its gradient needs `gradient="implicit"` or `"unrolled"`.
         """
-        cost = self.cost / self.scale[..., None, None]
-        exponent = (self.f.unsqueeze(-1) + self.g.unsqueeze(-2) - cost) / self.eps[..., None, None]
-        if self.x_lengths is not None or self.y_lengths is not None:
+        cost = self.cost
+        ragged = self.x_lengths is not None or self.y_lengths is not None
+        if ragged:
             B, n, m = cost.shape
             rows = existing(self.x_lengths, B, n, cost.device).unsqueeze(2)
-            exponent = exponent.masked_fill(
-                ~(rows & existing(self.y_lengths, B, m, cost.device).unsqueeze(1)), -torch.inf
-            )
+            missing = ~(rows & existing(self.y_lengths, B, m, cost.device).unsqueeze(1))
+            cost = cost.masked_fill(missing, 0.0)
+        potential = self.f.unsqueeze(-1) + self.g.unsqueeze(-2)
+        exponent = (potential - cost / self.scale[..., None, None]) / self.eps[..., None, None]
+        if ragged:
+            exponent = exponent.masked_fill(missing, -torch.inf)
         return self.a.unsqueeze(-1) * self.b.unsqueeze(-2) * exponent.exp()
 
 

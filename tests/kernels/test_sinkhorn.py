@@ -10,12 +10,18 @@ import numpy as np
 import ot
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from seer_kernels.sinkhorn import (
-    native,
+from seer_kernels import (
+    ConvergenceWarning,
+    SinkhornResult,
     sinkhorn,
+    sinkhorn_divergence,
+    sinkhorn_from_cost,
 )
+from seer_kernels.sinkhorn import native
 
 F64 = torch.float64
 BACKENDS = ["reference"] if native.lacks(torch.device("cpu")) else ["reference", "native"]
@@ -116,3 +122,283 @@ def test_small_eps_against_pot(backend: str) -> None:
     C = (x.unsqueeze(1) - y).square().sum(-1)
     plan, _, _ = by_pot(C / C.mean(), result.a, result.b, 1e-3, None, None)
     torch.testing.assert_close(result.plan(), plan, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("far", [0.0, 1000.0])
+def test_costs(backend: str, cost: str, dtype: torch.dtype, far: float) -> None:
+    """Against their definitions in fp64, also for duplicated points, ragged, and far from the origin."""
+    x, y = clouds((3, 21, 7), (3, 18, 7), dtype=dtype)
+    y[:, 5] = x[:, 3]
+    x, y = x + far, y + far
+    n, m = lists(21, 9, 1), lists(2, 18, 17)
+    result = sinkhorn(x, y, cost=cost, eps=10.0, x_lengths=n, y_lengths=m, backend=backend)
+    assert result.cost.dtype == (F64 if dtype == F64 else torch.float32)
+    for p in range(3):
+        u, v = x[p, : n[p]].double().unsqueeze(1), y[p, : m[p]].double()
+        exact = {
+            "sqeuclidean": (u - v).square().sum(-1),
+            "euclidean": (u - v).square().sum(-1).sqrt(),
+            "cosine": 1 - torch.nn.functional.cosine_similarity(u, v, dim=-1),
+        }[cost]
+        got = result.cost[p, : n[p], : m[p]].double()
+        # Rounding of the centred clouds; a cosine far from the origin is a difference of two numbers close to 1.
+        torch.testing.assert_close(got, exact, rtol=(32 + far) * torch.finfo(result.cost.dtype).eps, atol=3e-6)
+        if cost != "cosine" and n[p] > 3 and m[p] > 5:
+            assert got[3, 5] == 0
+
+
+def test_dirac_permutation_and_single_points(backend: str) -> None:
+    x, y = clouds((4, 1, 3), (4, 6, 3))
+    one = sinkhorn(x, y, eps=0.01, backend=backend)
+    torch.testing.assert_close(one.value, (x - y).square().sum(-1).mean(-1))
+    torch.testing.assert_close(one.plan(), torch.full((4, 1, 6), 1 / 6, dtype=F64))
+    pair = sinkhorn(x, y[:, :1], eps=0.01, cost="euclidean", backend=backend)
+    torch.testing.assert_close(pair.transport_cost, (x - y[:, :1]).norm(dim=-1).squeeze(-1))
+
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    moved = sinkhorn(y, y[:, order] + 1e-3, eps=1e-3, backend=backend)
+    expected = torch.eye(6, dtype=F64)[order].T.expand(4, 6, 6) / 6
+    torch.testing.assert_close(moved.plan(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_divergence_of_equal_clouds_is_zero_and_of_others_positive(backend: str, cost: str, dtype: torch.dtype) -> None:
+    x, y = clouds((3, 12, 4), (3, 9, 4), dtype=dtype)
+    options = {"cost": cost, "eps": 0.3, "scale_cost": "mean", "tolerance": 1e-6, "backend": backend}
+    same = sinkhorn_divergence(x, x.clone(), **options)
+    torch.testing.assert_close(same, torch.zeros(3, dtype=dtype), rtol=0, atol=1e-6)
+    shuffled = x[:, torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(sinkhorn_divergence(x, shuffled, **options), same, rtol=0, atol=1e-6)
+    assert (sinkhorn_divergence(x, y, **options) > 1e-3).all()
+    relaxed = sinkhorn_divergence(x, y, a=2 * weights(3, 12, dtype=dtype), tau_a=0.5, tau_b=0.5, **options)
+    assert (relaxed > 1e-3).all()
+
+
+def test_gaussians(backend: str) -> None:
+    """Shifted Gaussian clouds: the debiased distance is |shift|^2 exactly, as every plan's cost moves alike."""
+    (x,) = clouds((1, 40, 2))
+    shift = torch.tensor([3.0, -1.0], dtype=F64)
+    value = sinkhorn_divergence(x, x + shift, eps=0.5, tolerance=1e-10, backend=backend)
+    torch.testing.assert_close(value, torch.full((1,), 10.0, dtype=F64))
+
+
+def test_entropic_value_between_gaussians(backend: str) -> None:
+    """On a grid fine enough, the closed form of Janati et al. 2020 (arXiv 2006.02572), theorem 1, in one dimension."""
+    grid = torch.linspace(-9, 9, 200, dtype=F64).unsqueeze(-1)
+    eps, s, t, mean = 0.8, 0.7, 1.1, 0.5
+
+    def density(mean: float, deviation: float) -> Tensor:
+        p = torch.exp(-((grid.squeeze(-1) - mean) ** 2) / (2 * deviation**2))
+        return p / p.sum()
+
+    result = sinkhorn(
+        grid, grid, a=density(0, s), b=density(mean, t), eps=eps, tolerance=1e-11, max_iterations=5000, backend=backend
+    )
+    sigma2 = eps / 2  # their cost is |x - y|^2 and their entropy weight 2 sigma^2
+    D = math.sqrt(4 * s**2 * t**2 + sigma2**2)
+    expected = mean**2 + s**2 + t**2 - D + sigma2 * (1 - math.log(2 * sigma2)) + sigma2 * math.log(D + sigma2)
+    assert float(result.value) == pytest.approx(expected, rel=1e-6)
+
+
+def test_small_eps_approaches_the_exact_distance(backend: str) -> None:
+    """<P, C> lies above W, and above by less than eps log(n): the entropy of a plan is no larger."""
+    x, y = clouds((12, 2), (12, 2), seed=5)
+    C = torch.cdist(x, y)
+    exact = float(ot.emd2(np.full(12, 1 / 12), np.full(12, 1 / 12), C.numpy()))
+    gaps = []
+    for eps in (0.4, 0.2, 0.1, 0.05):
+        result = sinkhorn(x, y, cost="euclidean", eps=eps, tolerance=1e-6, max_iterations=20000, backend=backend)
+        gaps.append(float(result.transport_cost) - exact)
+        assert -1e-5 <= gaps[-1] <= eps * math.log(12)
+    assert gaps[3] < gaps[2] < gaps[1] < gaps[0]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    n=st.integers(1, 20),
+    m=st.integers(1, 20),
+    seed=st.integers(0, 99),
+    factor=st.floats(0.01, 100),
+    shift=st.floats(-50, 50),
+)
+def test_symmetry_scaling_and_translation(backend: str, n: int, m: int, seed: int, factor: float, shift: float) -> None:
+    x, y = clouds((n, 3), (m, 3), seed=seed)
+    a, b = weights(n, seed=seed), weights(m, seed=seed + 1)
+    options = {"eps": 0.4, "tolerance": 1e-10, "max_iterations": 5000, "backend": backend}
+    one = sinkhorn(x, y, a=a, b=b, **options)
+    turned = sinkhorn(y, x, a=b, b=a, **options)
+    torch.testing.assert_close(turned.value, one.value)
+    torch.testing.assert_close(turned.f, one.g, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(turned.plan().T, one.plan(), rtol=1e-6, atol=1e-9)
+    moved = sinkhorn(x + shift, y + shift, a=a, b=b, **options)
+    torch.testing.assert_close(moved.value, one.value)
+    larger = sinkhorn(x * factor, y * factor, a=a, b=b, **{**options, "eps": 0.4 * factor**2})
+    torch.testing.assert_close(larger.value, one.value * factor**2)
+    scaled = sinkhorn(x * factor, y * factor, a=a, b=b, **options, scale_cost="max")
+    torch.testing.assert_close(scaled.value, sinkhorn(x, y, a=a, b=b, **options, scale_cost="max").value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1.0, 0.05, 0.005])
+@pytest.mark.parametrize("far", [0.0, 1000.0])
+@pytest.mark.parametrize("relaxed", [(None, None), (2.0, 0.5)])
+def test_half_and_single_precision(
+    backend: str, dtype: torch.dtype, eps: float, far: float, relaxed: tuple[float | None, float | None]
+) -> None:
+    """The same inputs in fp64 tell how far fp32 arithmetic is off; a thousand deviations from the origin changes it
+    by nothing but the rounding of the coordinates themselves."""
+    x, y = (v + far for v in clouds((2, 40, 5), (2, 33, 5), dtype=dtype))
+    if far and dtype != torch.float32:
+        pytest.skip("there is nothing left of the clouds in half precision")
+    options = {"eps": eps, "scale_cost": "mean", "tau_a": relaxed[0], "tau_b": relaxed[1], "max_iterations": 3000}
+    got = sinkhorn(x, y, tolerance=5e-4, backend=backend, **options)
+    want = sinkhorn(x.double(), y.double(), tolerance=1e-6, backend=backend, **options)
+    assert got.value.dtype == torch.float32
+    assert bool(got.converged.all())
+    torch.testing.assert_close(got.value.double(), want.value, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(got.transport_cost.double(), want.transport_cost, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got.plan().sum(2).double(), want.plan().sum(2), rtol=2e-3, atol=1e-6)
+
+
+def test_what_cannot_be_solved_is_flagged_and_never_nan(backend: str) -> None:
+    """Costs that overflow any exponent, potentials that fp32 cannot hold, weights of very different sizes."""
+    (noise,) = clouds((5, 6, 6), dtype=torch.float32)
+    cost = noise.abs() * torch.tensor([1.0, 1e10, 1e30, 1e-30, 1.0]).view(5, 1, 1)
+    eps = torch.tensor([1e-12, 1e-3, 1e-30, 1e-38, 0.05])
+    a = torch.full((5, 6), 1 / 6)
+    a[4] = torch.tensor([1e-30, 1e-20, 1e-10, 0.0, 0.5, 0.5])
+    with pytest.warns(ConvergenceWarning, match=r"of 5 transport problems did not converge.*problem \d has a marginal"):
+        result = sinkhorn_from_cost(cost, a=a, eps=eps, max_iterations=300, backend=backend)
+    for name, x in zip(SinkhornResult._fields, result, strict=True):
+        assert x is None or not torch.isnan(x.double()).any(), name
+    assert not torch.isnan(result.plan()).any()
+    assert result.converged[4]
+    assert not result.converged[2]
+    sums = result.plan()[4].sum(1)
+    torch.testing.assert_close(sums, a[4], rtol=1e-2, atol=2e-4)
+
+
+def test_each_problem_stops_by_itself(backend: str) -> None:
+    x, y = (v.expand(6, -1, -1) for v in clouds((15, 2), (15, 2)))
+    eps = torch.tensor([20.0, 5.0, 2.0, 1.0, 0.7, 0.5], dtype=F64)
+    together = sinkhorn(x, y, eps=eps, max_iterations=5000, tolerance=1e-6, backend=backend)
+    assert (together.iterations.diff() > 0).all()
+    for p in range(6):
+        alone = sinkhorn(x[p], y[p], eps=float(eps[p]), max_iterations=5000, tolerance=1e-6, backend=backend)
+        assert alone.iterations == together.iterations[p]
+        torch.testing.assert_close(alone.f, together.f[p])
+        marginal = (together.plan()[p].sum(1) - 1 / 15).abs().sum()
+        assert float(marginal) == pytest.approx(float(together.marginal_error[p]), abs=1e-12)
+        assert float(marginal) <= 1e-6
+
+
+def leaves(seed: int, n: int, m: int) -> list[Tensor]:
+    """Costs and weights of two problems, one point of which has no weight."""
+    x, y = clouds((2, n, 2), (2, m, 2), seed=seed)
+    cost = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
+    return [cost, weights(2, n, seed=seed, zeros=True), weights(2, m, seed=seed + 1)]
+
+
+def combined(result: SinkhornResult, *, value_only: bool = False) -> Tensor:
+    """A fixed random combination of all that has a gradient."""
+    outputs = [result.value]
+    if not value_only:
+        outputs += [result.transport_cost, result.f, result.g, result.plan()]
+    generator = torch.Generator().manual_seed(7)
+    return torch.stack([(x * torch.randn(x.shape, generator=generator, dtype=F64)).sum() for x in outputs]).sum()
+
+
+@pytest.mark.parametrize("relaxed", [(None, None), (0.7, 0.2), (None, 0.4)])
+@pytest.mark.parametrize("scale", [None, "mean", "max"])
+@pytest.mark.parametrize("gradient", ["envelope", "implicit"])
+def test_gradients_against_finite_differences(
+    backend: str, relaxed: tuple[Any, Any], scale: str | None, gradient: str
+) -> None:
+    """Along random directions; those of balanced weights keep the sums equal, and those from 0 go up."""
+    inputs = leaves(3, 5, 4)
+    options = {"eps": 0.4, "tau_a": relaxed[0], "tau_b": relaxed[1], "scale_cost": scale, "backend": backend}
+    options |= {"tolerance": 1e-13, "max_iterations": 20000, "x_lengths": lists(5, 4), "y_lengths": lists(3, 4)}
+    inputs[1][1, 4], inputs[2][0, 3] = 0.0, 0.0
+    inputs[1], inputs[2] = (w / w.sum(-1, keepdim=True) for w in inputs[1:])
+
+    def total(*values: Tensor) -> Tensor:
+        result = sinkhorn_from_cost(values[0], a=values[1], b=values[2], gradient=gradient, **options)
+        return combined(result, value_only=gradient == "envelope")
+
+    required = [v.clone().requires_grad_() for v in inputs]
+    gradients = torch.autograd.grad(total(*required), required)
+    generator = torch.Generator().manual_seed(0)
+    for which, (value, got) in enumerate(zip(inputs, gradients, strict=True)):
+        direction = torch.randn(value.shape, generator=generator, dtype=F64)
+        if which > 0:
+            length = (lists(5, 4), lists(3, 4))[which - 1].unsqueeze(1)
+            exists = torch.arange(value.shape[1]) < length
+            direction = direction.masked_fill(~exists, 0.0)
+            if relaxed == (None, None):
+                mean = direction.masked_fill(value == 0, 0.0).sum(1, keepdim=True) + direction[:, 1:2] * (which == 1)
+                direction = direction - torch.where(value > 0, mean / (value > 0).sum(1, keepdim=True), 0.0)
+            assert (got.masked_fill(exists, 0.0) == 0).all()
+        step = 1e-5
+        moved = [[v + s * step * direction if i == which else v for i, v in enumerate(inputs)] for s in (1, 2, -1, -2)]
+        if which == 1:  # weight 0 has only one side: a second-order formula on that side
+            direction[:, 1] = direction[:, 1].abs()
+            if relaxed == (None, None):
+                direction[:, 0] -= direction.sum(1)
+            ahead = [[*inputs[:1], inputs[1] + k * step * direction, inputs[2]] for k in (1, 2)]
+            numeric = (4 * total(*ahead[0]) - total(*ahead[1]) - 3 * total(*inputs)) / (2 * step)
+        else:
+            numeric = (8 * (total(*moved[0]) - total(*moved[2])) - total(*moved[1]) + total(*moved[3])) / (12 * step)
+        assert float((got * direction).sum()) == pytest.approx(float(numeric), rel=2e-5, abs=2e-6), which
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_gradients_to_points(backend: str, cost: str) -> None:
+    x, y = clouds((2, 5, 3), (2, 4, 3))
+    options = {"eps": 0.3, "cost": cost, "x_lengths": lists(5, 3), "tolerance": 1e-12, "max_iterations": 20000}
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        result = sinkhorn(x, y, gradient="implicit", scale_cost="mean", backend=backend, **options)
+        return torch.cat([result.value, result.transport_cost])
+
+    assert torch.autograd.gradcheck(value, [v.requires_grad_() for v in (x, y)], eps=1e-5, atol=1e-5)
+    grown = torch.autograd.grad(value(x, y).sum(), x)[0]
+    assert (grown[1, 3:] == 0).all()
+
+
+def test_gradients_against_unrolling_and_pot(backend: str) -> None:
+    cost, a, b = leaves(4, 6, 5)
+    options = {"eps": 0.3, "tolerance": 1e-13, "max_iterations": 5000}
+    required = [cost.requires_grad_(), a]
+    implicit = sinkhorn_from_cost(cost, a=a, b=b, gradient="implicit", backend=backend, **options)
+    unrolled = sinkhorn_from_cost(cost, a=a, b=b, gradient="unrolled", **options)
+    torch.testing.assert_close(implicit.value, unrolled.value)
+    (one,), (other,) = (torch.autograd.grad(combined(r), required[:1]) for r in (implicit, unrolled))
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+    C = cost.detach()[1].clone().requires_grad_()
+    mine = sinkhorn_from_cost(C, a=a[1], b=b[1], backend=backend, **options)
+    (ours,) = torch.autograd.grad(mine.value, C)
+    theirs, _, _ = by_pot(C.detach(), a[1], b[1], 0.3, None, None)  # by the envelope theorem, the plan itself
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    if backend == "native":
+        with pytest.raises(ValueError, match='gradient="unrolled" needs backend="reference"'):
+            sinkhorn_from_cost(cost, gradient="unrolled", backend="native")
+
+
+def test_gradients_that_are_refused(backend: str) -> None:
+    cost, a, b = leaves(5, 4, 4)
+    cost.requires_grad_()
+    result = sinkhorn_from_cost(cost, a=a, b=b, backend=backend)
+    for output in (result.transport_cost, result.f, result.plan()):
+        with pytest.raises(RuntimeError, match=r"gradient=.envelope. differentiates only the value"):
+            torch.autograd.grad(output.sum(), cost, retain_graph=True)
+    (first,) = torch.autograd.grad(result.value.sum(), cost, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        first.sum().backward()
+    x, y = (v.requires_grad_() for v in clouds((3, 2), (3, 2)))
+    (first,) = torch.autograd.grad(sinkhorn(x, y, backend=backend).value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        first.sum().backward()
