@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seer_kernels import _dispatch, _operators
+from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.sinkhorn import native
 from seer_kernels.sinkhorn.problem import CANCELLED, Clouds, accumulation_dtype, existing
 
@@ -79,6 +79,9 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 def _cost_kernel(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, cost: str, backend: str
 ) -> Tensor:
+    for name, lengths, points in (("x_lengths", x_lengths, x.shape[1]), ("y_lengths", y_lengths, y.shape[1])):
+        if lengths is not None:
+            _checks.check_length_values(name, lengths, points)
     clouds = Clouds(x, y, x_lengths, y_lengths, cost)
     chosen = _dispatch.choose(backend, x.device, native.lacks(x.device))
     with torch.autocast(x.device.type, enabled=False):
