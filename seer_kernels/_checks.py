@@ -254,7 +254,7 @@ def _first(bad: Tensor) -> int:
 
 def check_eps_values(value: Tensor) -> None:
     """eps must be positive and finite; names the first problem where it is not."""
-    bad = ~((value > 0) & torch.isfinite(value))
+    bad = ~((value > 0) & (value < float("inf")))
     if bool(bad.any()):
         raise ValueError(f"eps must be positive and finite; problem {_first(bad)} has {float(value[_first(bad)])}")
 

@@ -1,5 +1,6 @@
 #include "../sinkhorn.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -8,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "parallel.h"
+#include "pool.h"
 #include "team.h"
 
 namespace seer::cpu {
@@ -20,7 +21,7 @@ constexpr int kSlots = 4;      // numbers that members of a team exchange per it
 template <class T>
 struct Workspace {
   T* kernel;  // [rows, columns]
-  T *a, *log_a, *f, *u;
+  T *a, *f, *u;
   T *b, *log_b, *g, *v, *next_v, *beta, *top;
   T* columns;      // [members, stride]: sums over the rows of each
   int64_t stride;  // columns, and a cache line between members
@@ -66,10 +67,10 @@ class Space {
       : rows_(padded(padded(n, kBlockRows), kLineOf<T>)),
         columns_(padded(m, kLineOf<T>)),
         slots_(2 * kSlots * members),
-        arena_(padded(n, kBlockRows) * columns_ + (gradient ? 8 : 4) * rows_ + (gradient ? 14 : 7) * columns_ +
+        arena_(padded(n, kBlockRows) * columns_ + (gradient ? 7 : 3) * rows_ + (gradient ? 14 : 7) * columns_ +
                members * (columns_ + kLineOf<T>)) {
     w.kernel = arena_.take(padded(n, kBlockRows) * columns_);
-    for (T** rows : {&w.a, &w.log_a, &w.f, &w.u}) *rows = arena_.take(rows_);
+    for (T** rows : {&w.a, &w.f, &w.u}) *rows = arena_.take(rows_);
     for (T** columns : {&w.b, &w.log_b, &w.g, &w.v, &w.next_v, &w.beta, &w.top}) *columns = arena_.take(columns_);
     w.stride = columns_ + kLineOf<T>;
     w.columns = arena_.take(members * w.stride);
@@ -123,12 +124,12 @@ void costs_on(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size, T
 // different sizes and lengths of iteration keep all threads busy.
 template <class Body>
 void each_thread(int64_t count, int64_t cost, int threads, const Body& body) {
+  constexpr int64_t kElementsPerThread = 1 << 17;  // some 50 microseconds: less is not worth waking up
   std::atomic<int64_t> taken{0};
   const auto next = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
-  const int64_t useful = threads < count ? threads : count;
-  parallel_for(useful, count * cost / (useful > 0 ? useful : 1), threads, [&](int64_t begin, int64_t end) {
-    if (begin < end) body(next);
-  });
+  const int useful = int(std::min<int64_t>({threads, count, count * cost / kElementsPerThread}));
+  const auto work = [&](int) { body(next); };
+  if (useful <= 1 || !Pool::run(useful, work)) work(0);
 }
 
 constexpr int64_t kTeamEntries = 1 << 16;  // a problem below this is not worth the waiting of a team
@@ -159,7 +160,8 @@ void sinkhorn_solve(const Transport<T>& t, const Stopping& s, const Potentials<T
         team.sync();
       }
     };
-    std::vector<std::thread> others;
+    if (Pool::run(threads, work)) return;
+    std::vector<std::thread> others;  // another call has the pool; a team must be complete
     for (int rank = 1; rank < threads; ++rank) others.emplace_back(work, rank);
     work(0);
     for (std::thread& other : others) other.join();

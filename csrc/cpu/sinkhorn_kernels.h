@@ -66,29 +66,58 @@ inline V add_neighbours(V x, V y) {
   }
 }
 
-// Sums of the lanes of kRows vectors.
-template <class T, class V>
-inline void sum_each(V (&v)[kRows], T* sums) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  int left = kRows;
-  for (int lanes = kLanes; lanes > 1; lanes /= 2) {
-    if (left == 1) {
-      v[0] = add_neighbours(v[0], v[0]);
-      continue;
-    }
-    left /= 2;
-    for (int k = 0; k < left; ++k) v[k] = add_neighbours(v[2 * k], v[2 * k + 1]);
-  }
-  if constexpr (kLanes >= kRows) {
-    __builtin_memcpy(sums, &v[0], kRows * sizeof(T));
-  } else {
-    for (int k = 0; k < left; ++k) __builtin_memcpy(sums + k * kLanes, &v[k], sizeof(V));
-  }
+// One number per row of a block.
+template <class T>
+struct Block {
+  typedef T R __attribute__((vector_size(kRows * sizeof(T))));
+};
+
+// The sum of all lanes, in a few steps rather than lane by lane.
+template <class V>
+inline auto sum_all(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  v = add_neighbours(v, v);
+  if constexpr (kLanes >= 4) v = add_neighbours(v, v);
+  if constexpr (kLanes >= 8) v = add_neighbours(v, v);
+  if constexpr (kLanes >= 16) v = add_neighbours(v, v);
+  return v[0];
 }
 
-// One read of the matrix for a row update and the column sums that follow from it: `row(i, sums, scales)` gets the
-// products of rows i to i + kRows - 1 with `beta` and says by how much each row counts in `columns`. The rows are still
-// in the L1 cache when they are added.
+template <class T, class V>
+inline T max_all(V v) {
+  constexpr int kHalf = sizeof(V) / sizeof(T) / 2;
+  T halves[2 * kHalf];
+  __builtin_memcpy(halves, &v, sizeof v);
+  for (int width = kHalf; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) halves[l] = halves[l] < halves[l + width] ? halves[l + width] : halves[l];
+  }
+  return halves[0];
+}
+
+// Sums of the lanes of kRows vectors.
+template <class T, class V>
+inline typename Block<T>::R sum_each(V (&v)[kRows]) {
+  static_assert(kRows == 8);
+  constexpr int kLanes = Simd<T>::kLanes;
+  typename Block<T>::R sums;
+  // Written out: arrays indexed by variables would leave the registers.
+  v[0] = add_neighbours(v[0], v[1]);
+  v[1] = add_neighbours(v[2], v[3]);
+  v[2] = add_neighbours(v[4], v[5]);
+  v[3] = add_neighbours(v[6], v[7]);
+  if constexpr (kLanes >= 4) {
+    v[0] = add_neighbours(v[0], v[1]);
+    v[1] = add_neighbours(v[2], v[3]);
+  }
+  if constexpr (kLanes >= 8) v[0] = add_neighbours(v[0], v[1]);
+  if constexpr (kLanes >= 16) v[0] = add_neighbours(v[0], v[0]);
+  __builtin_memcpy(&sums, v, sizeof sums);
+  return sums;
+}
+
+// One read of the matrix for a row update and the column sums that follow from it: `row(i, sums)` gets the products of
+// rows i to i + kRows - 1 with `beta` and says by how much each row counts in `columns`. The rows are still in the L1
+// cache when they are added.
 template <class T, class Row>
 inline void sweep(const T* matrix, int64_t width, int64_t begin, int64_t end, const T* beta, T* columns,
                   const Row& row) {
@@ -103,13 +132,15 @@ inline void sweep(const T* matrix, int64_t width, int64_t begin, int64_t end, co
     V dots[kRows] = {};
     for (int64_t j = 0; j < width; j += kLanes) {
       const V weight = load<V>(beta + j);
+#pragma GCC unroll 8
       for (int k = 0; k < kRows; ++k) dots[k] += load<V>(block + k * width + j) * weight;
     }
-    T sums[kRows], scales[kRows];
-    sum_each<T>(dots, sums);
-    row(i, sums, scales);
+    const typename Block<T>::R chosen = row(i, sum_each<T>(dots));
+    T scales[kRows];
+    __builtin_memcpy(scales, &chosen, sizeof scales);
     for (int64_t j = 0; j < width; j += kLanes) {
       V even = i == begin ? V{} : load<V>(columns + j), odd = {};
+#pragma GCC unroll 8
       for (int k = 0; k < kRows; k += 2) {
         even += load<V>(block + k * width + j) * scales[k];
         odd += load<V>(block + (k + 1) * width + j) * scales[k + 1];
@@ -122,6 +153,7 @@ inline void sweep(const T* matrix, int64_t width, int64_t begin, int64_t end, co
 template <class T>
 class Solver {
   using V = typename Simd<T>::V;
+  using R = typename Block<T>::R;
   using L = Limits<T>;
   static constexpr int kLanes = Simd<T>::kLanes;
 
@@ -140,6 +172,7 @@ class Solver {
     last_column_ = team.end(width_, kLine);
     columns_ = w.columns + team.rank * w.stride;
     cost_ = t.cost + p * t.n * t.m;
+    costs_end_ = t.cost + t.B * t.n * t.m;
     relaxed_a_ = t.tau_a < kInfinity;
     relaxed_b_ = t.tau_b < kInfinity;
   }
@@ -186,13 +219,15 @@ class Solver {
     const T* b = t_.b + p_ * t_.m;
     for (int64_t i = first_row_; i < last_row_; ++i) {
       w_.a[i] = i < n_ ? a[i] : T(0);
-      w_.log_a[i] = w_.a[i] > 0 ? T(std::log(w_.a[i])) : L::kAbsentLog;
+      mass_a_ += w_.a[i];
     }
-    for (int64_t j = first_column_; j < last_column_; ++j) {
-      w_.b[j] = j < m_ ? b[j] : T(0);
-      w_.log_b[j] = w_.b[j] > 0 ? T(std::log(w_.b[j])) : L::kAbsentLog;
-      w_.g[j] = T(0);
-      w_.v[j] = T(1);
+    mass_a_ = share(mass_a_);
+    for (int64_t j = first_column_; j < last_column_; ++j) w_.b[j] = j < m_ ? b[j] : T(0);
+    for (int64_t j = first_column_; j < last_column_; j += kLanes) {
+      const V weight = load<V>(w_.b + j);
+      store_first(w_.log_b + j, weight > 0 ? log_positive(weight) : V{} + L::kAbsentLog, kLanes);
+      store_first(w_.g + j, V{}, kLanes);
+      store_first(w_.v + j, V{} + T(1), kLanes);
     }
   }
 
@@ -203,24 +238,17 @@ class Solver {
     for (int64_t i = first_row_; i < real_row_; ++i) {
       const T* c = cost_ + i * t_.m;
       V sum = {};
-      int64_t j = 0;
-      for (; j + kLanes <= m_; j += kLanes) {
-        const V x = load<V>(c + j);
-        low = x < low ? x : low;
-        high = x > high ? x : high;
-        outside = (x < kHuge) & (x > -kHuge) ? outside : V{} + T(1);
+      each_cost(c, [&](int64_t, V x, auto exists) {
+        const V known = exists(x, V{} + c[0]);
+        low = known < low ? known : low;
+        high = known > high ? known : high;
+        outside = (known < kHuge) & (known > -kHuge) ? outside : V{} + T(1);
         sum += x;
-      }
-      total += sum_lanes<T>(sum);
-      for (; j < m_; ++j) {
-        low[0] = c[j] < low[0] ? c[j] : low[0];
-        high[0] = c[j] > high[0] ? c[j] : high[0];
-        if (!(c[j] < kHuge && c[j] > -kHuge)) outside[0] = T(1);
-        total += c[j];
-      }
+      });
+      total += sum_all(sum);
     }
-    const T lowest = -max_lanes<T>(-low), highest = max_lanes<T>(high);
-    const double sums = share(total), bad = share(max_lanes<T>(outside));
+    const T lowest = -max_all<T>(-low), highest = max_all<T>(high);
+    const double sums = share(total), bad = share(sum_all(outside));
     const T smallest = T(-share_max(-lowest)), largest = T(share_max(highest));
     if (team_.rank == 0) out_.usable[p_] = bad == 0;
     T scale = T(1);
@@ -237,6 +265,18 @@ class Solver {
     target_ = eps_ > floor ? eps_ : floor;
     now_ = spread > T(s_.above) * target_ ? T(spread / s_.start) : target_;
     return true;
+  }
+
+  // Calls body(j, costs, exists) on the entries of a row of costs, with zeros past its end; exists(x, y) is y there.
+  template <class Body>
+  void each_cost(const T* c, const Body& body) const {
+    int64_t j = 0;
+    for (; j + kLanes <= m_; j += kLanes) body(j, load<V>(c + j), [](V x, V) { return x; });
+    if (j == m_) return;
+    const auto inside = lane_indices<T>(0) < typename Simd<T>::Lane(m_ - j);
+    // Reading on is allowed where more costs follow: a copy of a few lanes takes longer.
+    const V x = c + j + kLanes <= costs_end_ ? load<V>(c + j) : load_first<V>(c + j, m_ - j);
+    body(j, inside ? x : V{}, [inside](V known, V other) { return inside ? known : other; });
   }
 
   // Sum, or maximum, of one number per member.
@@ -264,6 +304,7 @@ class Solver {
   // Makes each column of this member the combination of all members' partial ones.
   template <class Combine>
   void combine_columns(const Combine& combine) {
+    if (team_.size == 1) return;
     for (int64_t j = first_column_; j < last_column_; j += kLanes) {
       V x = load<V>(w_.columns + j);
       for (int r = 1; r < team_.size; ++r) x = combine(x, load<V>(w_.columns + r * w_.stride + j));
@@ -286,23 +327,26 @@ class Solver {
     for (int64_t i = first_row_; i < real_row_; ++i) {
       const T* c = cost_ + i * t_.m;
       V top = none;
-      each_chunk<T>(m_, [&](int64_t j, auto count) {
-        top = max(top, load<V>(w_.beta + j) - load_first<V>(c + j, count) * cost_factor);
-      });
-      const T highest = max_lanes<T>(top);
+      each_cost(c, [&](int64_t j, V x, auto) { top = max(top, load<V>(w_.beta + j) - x * cost_factor); });
+      const T highest = max_all<T>(top);
       V total = {};
-      each_chunk<T>(m_, [&](int64_t j, auto count) {
-        total += exp_bounded<T>(load<V>(w_.beta + j) - load_first<V>(c + j, count) * cost_factor - highest);
+      each_cost(c, [&](int64_t j, V x, auto) {
+        total += exp_bounded<T>(load<V>(w_.beta + j) - x * cost_factor - highest);
       });
-      const T log_sum = highest + T(std::log(sum_lanes<T>(total)));
-      w_.f[i] = -share_a * now_ * log_sum;
-      if (w_.a[i] > 0) {
-        const T level = -share_a * log_sum;
-        each_chunk<T>(m_, [&](int64_t j, auto count) {
-          store_first(columns_ + j, max(load<V>(columns_ + j), level - load_first<V>(c + j, count) * cost_factor),
-                      kLanes);
-        });
-      }
+      w_.f[i] = highest;
+      w_.u[i] = sum_all(total);
+    }
+    each_chunk<T>(real_row_ - first_row_, [&](int64_t i, auto count) {
+      T* f = w_.f + first_row_ + i;
+      const V log_sum = load_first<V>(f, count) + log_positive(load_first<V>(w_.u + first_row_ + i, count));
+      store_first(f, log_sum * (-share_a * now_), count);
+    });
+    for (int64_t i = first_row_; i < real_row_; ++i) {
+      if (!(w_.a[i] > 0)) continue;
+      const T level = w_.f[i] * inverse;
+      each_cost(cost_ + i * t_.m, [&](int64_t j, V x, auto) {
+        store_first(columns_ + j, max(load<V>(columns_ + j), level - x * cost_factor), kLanes);
+      });
     }
     team_.sync();
     combine_columns([](V x, V y) { return max(x, y); });
@@ -312,11 +356,10 @@ class Solver {
     team_.sync();
     for (int64_t j = 0; j < width_; j += kLanes) store_first(columns_ + j, V{}, kLanes);
     for (int64_t i = first_row_; i < real_row_; ++i) {
-      const T* c = cost_ + i * t_.m;
       T* k = w_.kernel + i * width_;
       const T level = w_.f[i] * inverse, weight = w_.a[i];
-      each_chunk<T>(m_, [&](int64_t j, auto count) {
-        const V e = exp_bounded<T>(level - load_first<V>(c + j, count) * cost_factor - load<V>(w_.top + j));
+      each_cost(cost_ + i * t_.m, [&](int64_t j, V x, auto) {
+        const V e = exp_bounded<T>(level - x * cost_factor - load<V>(w_.top + j));
         store_first(k + j, e, kLanes);
         store_first(columns_ + j, load<V>(columns_ + j) + e * weight, kLanes);
       });
@@ -357,47 +400,36 @@ class Solver {
     const T carry = carry_, lowest = T(1) / L::kScaling, highest = L::kScaling;
     const T share_a = relaxed_a_ ? T(t_.tau_a / (t_.tau_a + now_)) : T(1);
     const T rate_a = relaxed_a_ ? T(1 / (t_.tau_a + now_)) : T(0);
-    T off[kRows] = {}, mass[kRows] = {};
-    int outside[kRows] = {};
-    sweep(w_.kernel, width_, first_row_, last_row_, w_.beta, columns_, [&](int64_t i, const T* sums, T* scales) {
-      const T* a = w_.a + i;
-      T* u = w_.u + i;
-      T next[kRows];
+    R off = {}, mass = {}, outside = {};
+    sweep(w_.kernel, width_, first_row_, last_row_, w_.beta, columns_, [&](int64_t i, R sums) {
+      const R a = load<R>(w_.a + i);
+      R next;
       if constexpr (kRelaxed) {
-        V log_sums[(kRows + kLanes - 1) / kLanes];
+        T products[kRows], scalings[kRows + kLanes];
+        __builtin_memcpy(products, &sums, sizeof products);
         for (int k = 0; k < kRows; k += kLanes) {
-          const V x = load_first<V>(sums + k, kRows - k);
+          const V x = load_first<V>(products + k, kRows - k);
           const V safe = x > kTiny ? x : V{} + kTiny;
-          log_sums[k / kLanes] =
-              exp_bounded<T>(-log_positive(safe) * share_a - load_first<V>(w_.f + i + k, kRows - k) * rate_a);
+          const V y = exp_bounded<T>(-log_positive(safe) * share_a - load_first<V>(w_.f + i + k, kRows - k) * rate_a);
+          store_first(scalings + k, y, kLanes);
         }
-        __builtin_memcpy(next, log_sums, sizeof next);
+        next = load<R>(scalings);
       } else {
-        for (int k = 0; k < kRows; ++k) next[k] = T(1) / sums[k];
+        next = T(1) / sums;
       }
-      for (int k = 0; k < kRows; ++k) {
-        const T difference = u[k] * carry - next[k];
-        const T weighted = a[k] * sums[k];
-        off[k] += weighted * (difference < 0 ? -difference : difference);
-        mass[k] += weighted * next[k];
-        outside[k] |= !(next[k] > lowest) | !(next[k] < highest);
-        scales[k] = a[k] * next[k];
-        u[k] = next[k];
-      }
+      const R difference = load<R>(w_.u + i) * carry - next, weighted = a * sums;
+      off += weighted * (difference < 0 ? -difference : difference);
+      if constexpr (kRelaxed) mass += weighted * next;
+      outside = (next > lowest) & (next < highest) ? outside : R{} + T(1);
+      store_first(w_.u + i, next, kRows);
+      return a * next;
     });
-    double sums[3] = {0, 0, 0};
-    for (int k = 0; k < kRows; ++k) {
-      sums[0] += off[k];
-      sums[1] += mass[k];
-    }
-    int any = 0;
-    for (int k = 0; k < kRows; ++k) any |= outside[k];
+    double sums[3] = {double(sum_all(off)), kRelaxed ? double(sum_all(mass)) : mass_a_, 0};
     team_.sync();
     combine_columns([](V x, V y) { return x + y; });
     const T share_b = relaxed_b_ ? T(t_.tau_b / (t_.tau_b + now_)) : T(1);
     const T rate_b = relaxed_b_ ? T(1 / (t_.tau_b + now_)) : T(0);
-    V mass_b = {};
-    typename Simd<T>::I wrong = {};
+    V mass_b = {}, outside_columns = {};
     for (int64_t j = first_column_; j < last_column_; j += kLanes) {
       const V x = load<V>(w_.columns + j);
       V next;
@@ -407,23 +439,26 @@ class Solver {
       } else {
         next = T(1) / x;
       }
-      wrong |= ~((next > lowest) & (next < highest));
+      outside_columns = (next > lowest) & (next < highest) ? outside_columns : V{} + T(1);
       const V beta = load<V>(w_.b + j) * next;
-      mass_b += beta * x;
+      if constexpr (kRelaxed) mass_b += beta * x;
       store_first(w_.next_v + j, next, kLanes);
       store_first(w_.beta + j, beta, kLanes);
     }
-    for (int l = 0; l < kLanes; ++l) any |= wrong[l] != 0;
-    sums[2] = sum_lanes<T>(mass_b);
+    if constexpr (kRelaxed) sums[2] = double(sum_all(mass_b));
+    bool any = sum_all(outside) + sum_all(outside_columns) > 0;
     if (team_.size > 1) {
       slots_ ^= 1;
       double* slots = w_.slots + slots_ * kSlots * team_.size;
       for (int s = 0; s < 3; ++s) slots[team_.rank * kSlots + s] = sums[s];
       slots[team_.rank * kSlots + 3] = any;
       team_.sync();
-      sums[0] = sums[1] = sums[2] = any = 0;
+      sums[0] = sums[2] = 0;
+      if constexpr (kRelaxed) sums[1] = 0;
       for (int r = 0; r < team_.size; ++r) {
-        for (int s = 0; s < 3; ++s) sums[s] += slots[r * kSlots + s];
+        sums[0] += slots[r * kSlots];
+        if constexpr (kRelaxed) sums[1] += slots[r * kSlots + 1];
+        sums[2] += slots[r * kSlots + 2];
         any |= slots[r * kSlots + 3] != 0;
       }
     }
@@ -460,26 +495,30 @@ class Solver {
     double off = 0, wanted = 0, spent = 0, moved = 0;
     T* f_out = out_.f + p_ * t_.n;
     T* g_out = out_.g + p_ * t_.m;
+    each_chunk<T>(real_row_ - first_row_, [&](int64_t i, auto count) {
+      const V u = load_first<V>(w_.u + first_row_ + i, count) * carry_;
+      const V f = load_first<V>(w_.f + first_row_ + i, count) + log_positive(u) * now_;
+      store_first(f_out + first_row_ + i, f, count);
+    });
+    each_chunk<T>((last_column_ < m_ ? last_column_ : m_) - first_column_, [&](int64_t j, auto count) {
+      const V g = load<V>(w_.g + first_column_ + j) + log_positive(load<V>(w_.v + first_column_ + j)) * now_;
+      store_first(g_out + first_column_ + j, g, count);
+    });
     for (int64_t i = first_row_; i < real_row_; ++i) {
-      const T* c = cost_ + i * t_.m;
       const T* k = w_.kernel + i * width_;
       V sum = {}, costs = {};
-      each_chunk<T>(m_, [&](int64_t j, auto count) {
-        const V x = load_first<V>(k + j, count) * load<V>(w_.beta + j);
-        sum += x;
-        costs += x * load_first<V>(c + j, count);
+      each_cost(cost_ + i * t_.m, [&](int64_t j, V x, auto) {  // past the end beta is 0
+        const V share = load<V>(k + j) * load<V>(w_.beta + j);
+        sum += share;
+        costs += share * x;
       });
-      const T u = w_.u[i] * carry_, f = w_.f[i] + now_ * T(std::log(u));
-      const double weight = double(w_.a[i]) * double(u), row = weight * double(sum_lanes<T>(sum));
+      const T u = w_.u[i] * carry_, f = f_out[i];
+      const double weight = double(w_.a[i]) * double(u), row = weight * double(sum_all(sum));
       const double target = relaxed_a_ ? w_.a[i] * std::exp(-double(f) / tau_a) : double(w_.a[i]);
-      f_out[i] = f;
       off += std::fabs(row - target);
       wanted += target;
       moved += row;
-      spent += weight * double(sum_lanes<T>(costs));
-    }
-    for (int64_t j = first_column_; j < last_column_ && j < m_; ++j) {
-      g_out[j] = w_.g[j] + now_ * T(std::log(w_.v[j]));
+      spent += weight * double(sum_all(costs));
     }
     off = share(off);
     wanted = share(wanted);
@@ -521,7 +560,7 @@ class Solver {
   Workspace<T> w_;
   const Team& team_;
   const int64_t p_;
-  const T* cost_;
+  const T *cost_, *costs_end_;
   T* columns_;
   int64_t n_, m_, rows_, width_, first_row_, last_row_, real_row_, first_column_, last_column_;
   bool relaxed_a_, relaxed_b_;
@@ -540,6 +579,7 @@ void solve_problem(const Transport<T>& t, const Stopping& s, const Potentials<T>
 template <class T>
 class Differentiator {
   using V = typename Simd<T>::V;
+  using R = typename Block<T>::R;
   static constexpr int kLanes = Simd<T>::kLanes;
 
  public:
@@ -585,11 +625,9 @@ class Differentiator {
         store_first(e + j, exp_bounded<T>(load<V>(w_.g + j) + level - load_first<V>(c + j, count) * factor), count);
       });
     }
-    sweep(w_.kernel, width_, 0, rows_, w_.b, w_.columns, [&](int64_t i, const T* sums, T* scales) {
-      for (int k = 0; k < kRows; ++k) {
-        w_.row_sum[i + k] = sums[k];
-        scales[k] = w_.a[i + k];
-      }
+    sweep(w_.kernel, width_, 0, rows_, w_.b, w_.columns, [&](int64_t i, R sums) {
+      store_first(w_.row_sum + i, sums, kRows);
+      return load<R>(w_.a + i);
     });
     for (int64_t j = 0; j < width_; ++j) w_.column_sum[j] = w_.columns[j];
   }
@@ -678,12 +716,11 @@ class Differentiator {
       q[j] = T(0);
     }
     // at_f over a, the part of weight 0 being done; and what it leaves for the columns.
-    sweep(w_.kernel, width_, 0, rows_, w_.column_adjoint, w_.columns, [&](int64_t i, const T* sums, T* scales) {
-      for (int k = 0; k < kRows; ++k) {
-        const T weight = w_.a[i + k];
-        at_f[i + k] = weight > 0 ? at_f[i + k] / weight - sums[k] : T(0);
-        scales[k] = w_.row_adjoint[i + k] + weight * at_f[i + k] * slope[i + k];
-      }
+    sweep(w_.kernel, width_, 0, rows_, w_.column_adjoint, w_.columns, [&](int64_t i, R sums) {
+      const R weight = load<R>(w_.a + i), arrived = load<R>(at_f + i);
+      const R rest = weight > 0 ? arrived / (weight > 0 ? weight : R{} + T(1)) - sums : R{};
+      store_first(at_f + i, rest, kRows);
+      return load<R>(w_.row_adjoint + i) + weight * rest * load<R>(slope + i);
     });
     double surplus = 0, b_mass = 0;
     for (int64_t j = 0; j < width_; ++j) {
@@ -698,9 +735,7 @@ class Differentiator {
       size += double(r[j]) * double(s[j]);
     }
     const double small = size * (sizeof(T) == 4 ? 1.4e-14 : 4.9e-32);
-    const auto through_rows = [&](int64_t i, const T* sums, T* scales) {
-      for (int k = 0; k < kRows; ++k) scales[k] = w_.a[i + k] * sums[k] * slope[i + k];
-    };
+    const auto through_rows = [&](int64_t i, R sums) { return load<R>(w_.a + i) * sums * load<R>(slope + i); };
     for (int64_t step = 0; step < 4 * (m_ + 25) && size > small; ++step) {
       for (int64_t j = 0; j < width_; ++j) product[j] = w_.b[j] * s[j];
       sweep(w_.kernel, width_, 0, rows_, product, w_.columns, through_rows);
@@ -722,11 +757,10 @@ class Differentiator {
       size = next;
     }
     for (int64_t j = 0; j < width_; ++j) product[j] = w_.b[j] * q[j];
-    sweep(w_.kernel, width_, 0, rows_, product, w_.columns, [&](int64_t i, const T* sums, T* scales) {
-      for (int k = 0; k < kRows; ++k) {
-        w_.row_adjoint[i + k] += w_.a[i + k] * (at_f[i + k] - sums[k]) * slope[i + k];
-        scales[k] = T(0);
-      }
+    sweep(w_.kernel, width_, 0, rows_, product, w_.columns, [&](int64_t i, R sums) {
+      const R adjoint = load<R>(w_.a + i) * (load<R>(at_f + i) - sums) * load<R>(slope + i);
+      store_first(w_.row_adjoint + i, load<R>(w_.row_adjoint + i) + adjoint, kRows);
+      return R{};
     });
     for (int64_t j = 0; j < width_; ++j) w_.column_adjoint[j] += product[j];
   }
@@ -864,8 +898,9 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
         }
       }
       for (int half = 0; half < 2; ++half) {
+        const auto summed = sum_each<T>(sums[half]);
         T tile[kRows];
-        sum_each<T>(sums[half], tile);
+        __builtin_memcpy(tile, &summed, sizeof tile);
         for (int k = 0; k < 2; ++k) {
           __builtin_memcpy(dots + (half * 2 + k) * width + j, tile + k * kSide, kSide * sizeof(T));
         }
@@ -884,9 +919,7 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
         const V bound = load<V>(y_size + j) + size;
         V squared = bound - dot * T(2);
         const auto close = squared < bound * c.cancelled;
-        bool any = false;
-        for (int l = 0; l < kLanes; ++l) any |= close[l] != 0;
-        if (any) {
+        if (sum_all(close ? V{} + T(1) : V{}) > 0) {
           for (int l = 0; l < kLanes && l < count; ++l) {
             if (!close[l]) continue;
             const T* mine = x + (i + k) * depth;

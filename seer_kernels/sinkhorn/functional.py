@@ -333,11 +333,12 @@ def _solved(
         eps = eps.to(cost.dtype).expand(B)
     else:
         eps = torch.full((B,), float(eps), dtype=cost.dtype, device=cost.device)
+    weighted = a is not None or b is not None
     a = _weights("a", a, x_lengths, B, n, cost)
     b = _weights("b", b, y_lengths, B, m, cost)
     tau_a, tau_b = (float("inf") if tau is None else float(tau) for tau in (tau_a, tau_b))
     operands = (cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost)
-    options = (max_iterations, float(tolerance), cost_name)
+    options = (max_iterations, float(tolerance), cost_name, weighted)
     if gradient == "unrolled":
         if backend not in ("auto", "reference"):
             raise ValueError(f'gradient="unrolled" needs backend="reference"; got {backend!r}')
@@ -390,16 +391,18 @@ def _problem(
     max_iterations: int,
     tolerance: float,
     cost_name: str,
+    weighted: bool,
 ) -> Problem:
     """A problem whose values are checked: inside the operator, so that compiled graphs check them too."""
     _checks.check_eps_values(eps)
     for name, lengths, points in (("x_lengths", x_lengths, cost.shape[1]), ("y_lengths", y_lengths, cost.shape[2])):
         if lengths is not None:
             _checks.check_length_values(name, lengths, points)
-    _checks.check_mass_values("a", a)
-    _checks.check_mass_values("b", b)
-    if tau_a == tau_b == float("inf"):
-        _checks.check_equal_masses(a, b)
+    if weighted:
+        _checks.check_mass_values("a", a)
+        _checks.check_mass_values("b", b)
+        if tau_a == tau_b == float("inf"):
+            _checks.check_equal_masses(a, b)
     return Problem(
         cost=cost.contiguous(),
         a=a.contiguous(),
@@ -447,11 +450,12 @@ def _sinkhorn_kernel(
     max_iterations: int,
     tolerance: float,
     cost_name: str,
+    weighted: bool,
     gradient: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(
-        cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost, max_iterations, tolerance, cost_name
+        cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost, max_iterations, tolerance, cost_name, weighted
     )
     return _run(_BACKENDS[_dispatch.choose(backend, cost.device, native.lacks(cost.device))], problem)
 
@@ -527,14 +531,14 @@ class _Sinkhorn(torch.autograd.Function):
         output: tuple[Tensor, ...] = _operators.below_autograd(_sinkhorn, *inputs)
         solution = Solution(*output)
         ctx.save_for_backward(*inputs[:6], solution.f, solution.g, solution.scale)
-        ctx.options, ctx.gradient, ctx.backend = inputs[6:9], inputs[12], inputs[13]
+        ctx.options, ctx.gradient, ctx.backend = inputs[6:9], inputs[13], inputs[14]
         ctx.mark_non_differentiable(solution.marginal_error, solution.iterations, solution.converged)
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx: Any, *arrived: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 11
+        nothing = (None,) * 12
         cotangents = Cotangents(*arrived[:5])
         if all(x is None for x in cotangents):
             return (None, None, None, *nothing)

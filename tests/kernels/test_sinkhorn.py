@@ -490,9 +490,9 @@ def test_opcheck(backend: str) -> None:
     family = torch.ops.seer_kernels
     check = torch.library.opcheck
     check(family.sinkhorn_cost.default, (x, y, None, None, "euclidean", backend))  # past the lengths: undefined
-    check(family.sinkhorn.default, (cost, a, b, eps, *lengths, *options, 500, 1e-5, "cost", "implicit", backend))
+    check(family.sinkhorn.default, (cost, a, b, eps, *lengths, *options, 500, 1e-5, "cost", True, "implicit", backend))
     saved = [v.detach() for v in (cost, a, b)]
-    solved = family.sinkhorn.default(*saved, eps, *lengths, *options, 500, 1e-5, "cost", "implicit", backend)
+    solved = family.sinkhorn.default(*saved, eps, *lengths, *options, 500, 1e-5, "cost", True, "implicit", backend)
     arrived = (torch.rand(2), torch.rand(2), torch.rand(2, 5), None, None)
     check(family.sinkhorn_backward.default, (*saved, eps, *lengths, *solved[2:5], *arrived, *options, backend))
     points = (x.detach(), y.detach())
