@@ -86,7 +86,7 @@ def make_problems(batch: Batch, seed: int) -> Problems:
     x, y = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     if batch.kind == "mixed":
         # Two heaps of different weight in both clouds; the further apart they are, the slower mass gets across.
-        apart = torch.linspace(0, 3, batch.B).view(-1, 1, 1)
+        apart = torch.linspace(0, 2, batch.B).view(-1, 1, 1)
         side = torch.linspace(0, 1, batch.n).view(1, -1, 1)
         x, y = x + apart * (side < 0.5), y + apart * (side < 0.4)
         return Problems(x, y, mean_cost(x, y), None, ())

@@ -10,7 +10,7 @@ import pytest
 from bench_sinkhorn import Batch
 from harness import Outputs
 
-SMALL = (Batch("equal", 3, 20, 8), Batch("mixed", 4, 20, 32), Batch("ragged", 12, 48, 8))
+SMALL = (Batch("equal", 3, 20, 64), Batch("mixed", 4, 20, 32), Batch("ragged", 12, 48, 8))
 
 
 @pytest.mark.parametrize("batch", SMALL, ids=lambda b: b.kind)
