@@ -1,5 +1,5 @@
 // Threads that wait between calls. Whoever is not needed after all is not waited for: a thread that wakes up late finds
-// the work done. A thread started per call, on the other hand, may first run milliseconds later where cores are shared.
+// the work done.
 #pragma once
 
 #include <pthread.h>
