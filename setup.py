@@ -17,7 +17,13 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 TARGETS = ("80", "90", "100", "120")
-CPU_SOURCES = ("csrc/module.cpp", "csrc/cpu/contrastive.cpp", "csrc/cpu/products.cpp", "csrc/cpu/instruction_set.cpp")
+CPU_SOURCES = (
+    "csrc/module.cpp",
+    "csrc/cpu/contrastive.cpp",
+    "csrc/cpu/products.cpp",
+    "csrc/cpu/sinkhorn.cpp",
+    "csrc/cpu/instruction_set.cpp",
+)
 CUDA_SOURCES = ("csrc/cuda/contrastive.cu",)
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 HEADERS = tuple(str(p) for p in sorted(Path("csrc").rglob("*.h")))

@@ -6,6 +6,7 @@
 
 #include "contrastive.h"
 #include "cpu/instruction_set.h"
+#include "sinkhorn.h"
 
 namespace py = pybind11;
 using namespace seer;
@@ -144,6 +145,80 @@ void bind_panels(py::module_& m, const std::string& type) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+template <class T>
+void bind_sinkhorn(py::module_& m, const std::string& type) {
+  py::class_<Transport<T>>(m, ("Transport_" + type).c_str())
+      .def(py::init([](int64_t B, int64_t n, int64_t m, std::uintptr_t cost, std::uintptr_t a, std::uintptr_t b,
+                       std::uintptr_t eps, std::uintptr_t x_lengths, std::uintptr_t y_lengths, double tau_a,
+                       double tau_b, int scale_cost) {
+             return Transport<T>{B,
+                                 n,
+                                 m,
+                                 pointer<const T>(cost),
+                                 pointer<const T>(a),
+                                 pointer<const T>(b),
+                                 pointer<const T>(eps),
+                                 pointer<const int64_t>(x_lengths),
+                                 pointer<const int64_t>(y_lengths),
+                                 tau_a,
+                                 tau_b,
+                                 static_cast<CostScale>(scale_cost)};
+           }),
+           py::kw_only(), py::arg("B"), py::arg("n"), py::arg("m"), py::arg("cost"), py::arg("a"), py::arg("b"),
+           py::arg("eps"), py::arg("x_lengths"), py::arg("y_lengths"), py::arg("tau_a"), py::arg("tau_b"),
+           py::arg("scale_cost"));
+  m.def(
+      ("sinkhorn_cost_" + type).c_str(),
+      [](int64_t B, int64_t n, int64_t m, int64_t D, std::uintptr_t x, std::uintptr_t y, std::uintptr_t x_lengths,
+         std::uintptr_t y_lengths, int ground, double cancelled, std::uintptr_t cost, int threads) {
+        cpu::sinkhorn_cost(Clouds<T>{B, n, m, D, pointer<const T>(x), pointer<const T>(y),
+                                     pointer<const int64_t>(x_lengths), pointer<const int64_t>(y_lengths),
+                                     static_cast<Ground>(ground), static_cast<T>(cancelled), pointer<T>(cost)},
+                           threads);
+      },
+      py::kw_only(), py::arg("B"), py::arg("n"), py::arg("m"), py::arg("D"), py::arg("x"), py::arg("y"),
+      py::arg("x_lengths"), py::arg("y_lengths"), py::arg("ground"), py::arg("cancelled"), py::arg("cost"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("sinkhorn_solve_" + type).c_str(),
+      [](const Transport<T>& transport, int64_t max_iterations, double tolerance, double above, double start,
+         double factor, double until, std::uintptr_t value, std::uintptr_t transport_cost, std::uintptr_t f,
+         std::uintptr_t g, std::uintptr_t scale, std::uintptr_t marginal_error, std::uintptr_t iterations,
+         std::uintptr_t converged, std::uintptr_t usable, int threads) {
+        cpu::sinkhorn_solve(transport, Stopping{max_iterations, tolerance, above, start, factor, until},
+                            Potentials<T>{pointer<T>(value), pointer<T>(transport_cost), pointer<T>(f), pointer<T>(g),
+                                          pointer<T>(scale), pointer<T>(marginal_error), pointer<int32_t>(iterations),
+                                          pointer<bool>(converged), pointer<bool>(usable)},
+                            threads);
+      },
+      py::arg("transport"), py::kw_only(), py::arg("max_iterations"), py::arg("tolerance"), py::arg("above"),
+      py::arg("start"), py::arg("factor"), py::arg("until"), py::arg("value"), py::arg("transport_cost"), py::arg("f"),
+      py::arg("g"), py::arg("scale"), py::arg("marginal_error"), py::arg("iterations"), py::arg("converged"),
+      py::arg("usable"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("sinkhorn_gradient_" + type).c_str(),
+      [](const Transport<T>& transport, std::uintptr_t f, std::uintptr_t g, std::uintptr_t scale,
+         std::uintptr_t value_gradient, std::uintptr_t transport_cost_gradient, std::uintptr_t f_gradient,
+         std::uintptr_t g_gradient, std::uintptr_t scale_gradient, std::uintptr_t cost_gradient,
+         std::uintptr_t a_gradient, std::uintptr_t b_gradient, int threads) {
+        Potentials<T> at{};
+        at.f = pointer<T>(f);
+        at.g = pointer<T>(g);
+        at.scale = pointer<T>(scale);
+        cpu::sinkhorn_gradient(
+            transport, at,
+            TransportGradient<T>{pointer<const T>(value_gradient), pointer<const T>(transport_cost_gradient),
+                                 pointer<const T>(f_gradient), pointer<const T>(g_gradient),
+                                 pointer<const T>(scale_gradient), pointer<T>(cost_gradient), pointer<T>(a_gradient),
+                                 pointer<T>(b_gradient)},
+            threads);
+      },
+      py::arg("transport"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("value_gradient"),
+      py::arg("transport_cost_gradient"), py::arg("f_gradient"), py::arg("g_gradient"), py::arg("scale_gradient"),
+      py::arg("cost_gradient"), py::arg("a_gradient"), py::arg("b_gradient"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -159,6 +234,8 @@ PYBIND11_MODULE(_native, m) {
   bind_panels<double>(m, "f64");
   bind_rows(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");
   bind_rows(m, "f64", cpu::contrastive_rows<double>, cpu::project_rows<double>, "threads");
+  bind_sinkhorn<float>(m, "f32");
+  bind_sinkhorn<double>(m, "f64");
 #if defined(SEER_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
   bind_rows(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");

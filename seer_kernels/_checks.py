@@ -182,3 +182,151 @@ def check_finite(name: str, value: Tensor) -> None:
     if bool(bad.any()):
         row = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity ({int(bad.sum())} such rows)")
+
+
+def check_cloud_pair(x: object, y: object) -> None:
+    """`x` must be (B, n, D) or (n, D), and `y` (B, m, D) or (m, D) likewise, neither without points."""
+    check_feature_pair("x", x, "y", y)
+    assert isinstance(x, Tensor)
+    assert isinstance(y, Tensor)
+    if x.dim() > 3:
+        raise ValueError(f"x must have shape (B, n, D) or (n, D); got {tuple(x.shape)}")
+    check_key_shapes("y", y, "x", x)
+    for name, cloud in (("x", x), ("y", y)):
+        if cloud.shape[-2] == 0:
+            raise ValueError(f"{name} must have at least one point; got shape {tuple(cloud.shape)}")
+
+
+def check_cost_matrix(value: object) -> None:
+    """`cost` must be a floating tensor (B, n, m) or (n, m) with at least one row and one column."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"cost must be a tensor of shape (B, n, m) or (n, m); got {_describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"cost must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    if value.dim() not in (2, 3) or 0 in value.shape[-2:]:
+        raise ValueError(f"cost must have shape (B, n, m) or (n, m) with n, m >= 1; got {tuple(value.shape)}")
+
+
+def check_masses(name: str, value: object, batch: int, points: int, device: torch.device) -> Tensor:
+    """`value` must be a floating tensor on `device` that broadcasts to (batch, points); returns it expanded."""
+    if isinstance(value, Tensor) and value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating; got dtype {value.dtype}")
+    if isinstance(value, Tensor) and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the costs; got {value.device}")
+    return check_rows(name, value, torch.Size([batch]), points, device)
+
+
+def check_lengths(name: str, value: object, batch: int, device: torch.device) -> Tensor:
+    """`value` must be an integer tensor (batch,) on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape ({batch},); got {_describe(value)}")
+    if value.dtype not in INTEGER_DTYPES or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers; got dtype {value.dtype}")
+    if value.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), one length per problem; got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the costs; got {value.device}")
+    return value
+
+
+def check_per_problem(name: str, value: object, batch: int, device: torch.device) -> None:
+    """`value` must be a number, or a floating tensor () or (batch,) on `device` that needs no gradient."""
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOAT_DTYPES or value.shape not in ((), (batch,)):
+            raise ValueError(f"{name} must be a float or a floating tensor of shape ({batch},); got {_describe(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device} like the costs; got {value.device}")
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require grad (there is no gradient to it); detach it first")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a floating tensor of shape ({batch},); got {_describe(value)}")
+
+
+def check_marginal_weight(name: str, value: object) -> None:
+    """`value` must be None (a balanced marginal) or a positive, finite number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be None or a float; got {_describe(value)}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, or None for a balanced marginal; got {value}")
+
+
+def check_count(name: str, value: object, at_least: int) -> None:
+    """`value` must be an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {_describe(value)}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+
+
+def check_tolerance(value: object) -> None:
+    """`tolerance` must be a finite number, not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"tolerance must be a float; got {_describe(value)}")
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"tolerance must be finite and not negative; got {value}")
+
+
+def _first(bad: Tensor) -> int:
+    return int(bad.nonzero()[0, 0])
+
+
+def check_eps_values(value: Tensor) -> None:
+    """eps must be positive and finite; names the first problem where it is not."""
+    bad = ~((value > 0) & (value < float("inf")))
+    if bool(bad.any()):
+        raise ValueError(f"eps must be positive and finite; problem {_first(bad)} has {float(value[_first(bad)])}")
+
+
+def check_length_values(name: str, value: Tensor, points: int) -> None:
+    """Lengths must lie between 1 and the padded size; names the first problem where one does not."""
+    bad = (value < 1) | (value > points)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} must lie between 1 and {points}, the padded size; problem {_first(bad)} has "
+            f"{int(value[_first(bad)])}"
+        )
+
+
+def check_mass_values(name: str, value: Tensor) -> None:
+    """Weights [B, n] must be finite, not negative and not all zero; names the first problem where they are not."""
+    bad = ~((value >= 0) & torch.isfinite(value)).all(-1)
+    if bool(bad.any()):
+        row = value[_first(bad)]
+        worst = float(row[~((row >= 0) & torch.isfinite(row))][0])
+        raise ValueError(f"{name} must be finite and not negative; problem {_first(bad)} holds {worst}")
+    bad = value.sum(-1) == 0
+    if bool(bad.any()):
+        raise ValueError(f"{name} must have a positive sum; problem {_first(bad)} has no weight")
+
+
+def check_equal_masses(a: Tensor, b: Tensor) -> None:
+    """Balanced marginals [B, n] and [B, m] must have equal sums; names the first problem where they differ."""
+    a_mass, b_mass = a.double().sum(-1), b.double().sum(-1)
+    bad = (a_mass - b_mass).abs() > torch.finfo(a.dtype).eps ** 0.5 * torch.maximum(a_mass, b_mass)
+    if bool(bad.any()):
+        p = _first(bad)
+        raise ValueError(
+            f"a and b must have equal sums unless tau_a or tau_b is given; problem {p} has {float(a_mass[p]):.6g} and "
+            f"{float(b_mass[p]):.6g}"
+        )
+
+
+def check_cost_values(name: str, usable: Tensor) -> None:
+    """`usable` [B] says whose costs are finite; names the first problem whose are not."""
+    if not bool(usable.all()):
+        raise ValueError(
+            f"{name} must be finite and not overflow; problem {_first(~usable)} holds NaN, infinity or "
+            "too large a number"
+        )
+
+
+def check_scale_values(scale_cost: str | None, scale: Tensor) -> None:
+    """Costs must be scaled by something positive; names the first problem where they are not."""
+    bad = ~(scale > 0)
+    if bool(bad.any()):
+        raise ValueError(
+            f"scale_cost={scale_cost!r} needs costs whose {scale_cost} is positive; problem {_first(bad)} has "
+            f"{float(scale[_first(bad)]):.6g}"
+        )

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_kernels._checks import check_bounds, check_choice, check_scalar, check_temperature_value
+from seer_kernels._checks import (
+    check_bounds,
+    check_choice,
+    check_count,
+    check_marginal_weight,
+    check_scalar,
+    check_temperature_value,
+    check_tolerance,
+)
 from seer_kernels._dispatch import BACKENDS
 from seer_kernels.contrastive import info_nce, nt_xent, siglip, sup_con
 from seer_kernels.contrastive.functional import REDUCTIONS
 from seer_kernels.contrastive.problem import SAME_LABEL
+from seer_kernels.sinkhorn import sinkhorn_divergence
+from seer_kernels.sinkhorn.problem import COSTS, SCALES
 
 
 class _ContrastiveLoss(nn.Module):
@@ -260,3 +270,73 @@ class SigLipLoss(_ContrastiveLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={float(self.bias):g}, learnable_bias={self.bias.requires_grad}"
+
+
+class SinkhornDivergence(nn.Module):
+    """`seer_kernels.sinkhorn_divergence` with its options fixed: `loss = SinkhornDivergence(eps=0.1)(x, y).mean()`.
+
+    Args:
+        eps: a positive float.
+        cost, scale_cost, max_iterations, tolerance, backend: as in `sinkhorn_divergence`.
+        tau: `tau_a` and `tau_b`, which a divergence needs to be equal.
+    """
+
+    def __init__(
+        self,
+        eps: float = 0.05,
+        *,
+        cost: str = "sqeuclidean",
+        scale_cost: str | None = None,
+        tau: float | None = None,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-4,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_scalar("eps", eps)
+        if not 0.0 < eps < math.inf:
+            raise ValueError(f"eps must be positive and finite; got {eps}")
+        check_choice("cost", cost, COSTS)
+        if scale_cost is not None:
+            check_choice("scale_cost", scale_cost, SCALES)
+        check_marginal_weight("tau", tau)
+        check_count("max_iterations", max_iterations, 1)
+        check_tolerance(tolerance)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        self.eps = eps
+        self.tau = tau
+        self.options: dict[str, Any] = {
+            "cost": cost,
+            "scale_cost": scale_cost,
+            "max_iterations": max_iterations,
+            "tolerance": tolerance,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        x_lengths: Tensor | None = None,
+        y_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The divergence (B,) of clouds `x` (B, n, D) and `y` (B, m, D); see `sinkhorn_divergence`."""
+        return sinkhorn_divergence(
+            x,
+            y,
+            a=a,
+            b=b,
+            eps=self.eps,
+            x_lengths=x_lengths,
+            y_lengths=y_lengths,
+            tau_a=self.tau,
+            tau_b=self.tau,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        shown = {"eps": self.eps, "tau": self.tau, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -15,6 +15,11 @@ def test_the_python_example_runs(capsys) -> None:
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
-    for page in (README, README.parent / "CONTRIBUTING.md", README.parent / "seer_kernels/contrastive/README.md"):
+    for page in (
+        README,
+        README.parent / "CONTRIBUTING.md",
+        README.parent / "seer_kernels/contrastive/README.md",
+        README.parent / "seer_kernels/sinkhorn/README.md",
+    ):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

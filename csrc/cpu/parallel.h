@@ -1,5 +1,5 @@
-// Splits a range over the threads of the OpenMP runtime that torch has loaded. They spin for a while after each of
-// torch's operators, so threads of our own would wait for a core that one of them holds.
+// Work on the threads of the OpenMP runtime that torch has loaded. They spin for a while after each of torch's
+// operators, so threads of our own would wait for a core that one of them holds.
 #pragma once
 
 #include <algorithm>
@@ -14,47 +14,72 @@
 
 namespace seer::cpu {
 
-// Runs work(data) on `threads` threads at once and waits for them: the entry point that compilers call for a parallel
-// region, which GNU's and Intel's runtime share. Null where torch came with neither.
-using ParallelRegion = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+// What compilers call for a parallel region, which GNU's and Intel's runtime share. Nulls where torch came with neither.
+struct OpenMp {
+  void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*rank)() = nullptr;
+  int (*size)() = nullptr;
 
-inline ParallelRegion parallel_region() {
+  static const OpenMp& of_process() {
+    static const OpenMp found = [] {
+      OpenMp o;
 #if defined(__unix__) || defined(__APPLE__)
-  static const auto region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return region;
-#else
-  return nullptr;
+      o.parallel = reinterpret_cast<decltype(o.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+      o.rank = reinterpret_cast<decltype(o.rank)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+      o.size = reinterpret_cast<decltype(o.size)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
 #endif
+      return o;
+    }();
+    return found;
+  }
+  explicit operator bool() const { return parallel && rank && size; }
+};
+
+// Calls work(rank, size) for all ranks below size at the same time; the size is `threads`, or less where the runtime
+// grants fewer.
+template <class Work>
+void run_together(int threads, const Work& work) {
+  if (threads <= 1) {
+    work(0, 1);
+    return;
+  }
+  if (const OpenMp& openmp = OpenMp::of_process()) {
+    const auto member = [](void* data) {
+      const OpenMp& openmp = OpenMp::of_process();
+      (*static_cast<const Work*>(data))(openmp.rank(), openmp.size());
+    };
+    openmp.parallel(member, const_cast<Work*>(&work), unsigned(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  for (int rank = 1; rank < threads; ++rank) others.emplace_back([&work, rank, threads] { work(rank, threads); });
+  work(0, threads);
+  for (std::thread& other : others) other.join();
+}
+
+// How many threads pay for `elements` of work.
+inline int useful_threads(int64_t elements, int threads) {
+  constexpr int64_t kElementsPerThread = 1 << 15;  // some 10 microseconds: less is not worth waking a thread
+  return int(std::clamp<int64_t>(elements / kElementsPerThread, 1, threads));
 }
 
 // Calls body(begin, end) on disjoint parts of [0, count). `cost` is the number of elements that one item touches.
 template <class Body>
 void parallel_for(int64_t count, int64_t cost, int threads, const Body& body) {
-  constexpr int64_t kElementsPerThread = 1 << 15;  // some 10 microseconds: less is not worth waking a thread
-  const int64_t parts = std::min<int64_t>({threads, count, count * cost / kElementsPerThread});
-  if (parts <= 1) {
-    body(int64_t{0}, count);
-    return;
-  }
-  struct Work {
-    const Body& body;
-    const int64_t count, parts;
-    std::atomic<int64_t> next{0};
+  run_together(int(std::min<int64_t>(count, useful_threads(count * cost, threads))), [&](int rank, int size) {
+    const int64_t begin = count * rank / size, end = count * (rank + 1) / size;
+    if (begin < end) body(begin, end);
+  });
+}
 
-    void run() {  // the runtime may grant fewer threads than asked for, so parts are taken, not assigned
-      for (int64_t part; (part = next.fetch_add(1)) < parts;) body(count * part / parts, count * (part + 1) / parts);
-    }
-  } work{body, count, parts};
-  const auto run = [](void* data) { static_cast<Work*>(data)->run(); };
-  if (const ParallelRegion region = parallel_region()) {
-    region(run, &work, unsigned(parts), 0);
-    return;
-  }
-  std::vector<std::thread> workers;
-  workers.reserve(parts - 1);
-  for (int64_t t = 1; t < parts; ++t) workers.emplace_back(run, &work);
-  work.run();
-  for (std::thread& worker : workers) worker.join();
+// Calls body(next) on every thread that pays; next() hands out the numbers below `count` and then larger ones, so that
+// items of different cost keep all threads busy.
+template <class Body>
+void parallel_take(int64_t count, int64_t cost, int threads, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+  run_together(int(std::min<int64_t>(count, useful_threads(count * cost, threads))), [&](int, int) { body(next); });
 }
 
 }  // namespace seer::cpu

@@ -1,0 +1,82 @@
+// Batches of entropic optimal transport problems. One problem is solved by one team: a core, or some cores that share
+// its rows. Everything per problem happens in one call, its stopping test included.
+#pragma once
+
+#include <cstdint>
+
+namespace seer {
+
+enum class Ground : int { kSquaredEuclidean = 0, kEuclidean = 1, kCosine = 2 };
+enum class CostScale : int { kNone = 0, kMean = 1, kMax = 2 };
+
+// B pairs of clouds of n and m points with D features.
+template <class T>
+struct Clouds {
+  int64_t B, n, m, D;
+  const T* x;                // [B, n, D]
+  const T* y;                // [B, m, D]
+  const int64_t* x_lengths;  // [B]; null where every point exists
+  const int64_t* y_lengths;
+  Ground ground;
+  T cancelled;  // squared distances below this share of |x|^2 + |y|^2 are formed from differences
+  T* cost;      // [B, n, m]; not written past the lengths
+};
+
+// B transport problems between n and m points; arrays past the lengths hold anything but in a and b, which are 0 there.
+template <class T>
+struct Transport {
+  int64_t B, n, m;
+  const T* cost;             // [B, n, m]
+  const T* a;                // [B, n]
+  const T* b;                // [B, m]
+  const T* eps;              // [B]
+  const int64_t* x_lengths;  // [B]; null where every point exists
+  const int64_t* y_lengths;
+  double tau_a, tau_b;  // infinite for a marginal that is a constraint
+  CostScale scale_cost;
+};
+
+struct Stopping {
+  int64_t max_iterations;
+  double tolerance;
+  // Annealing: where costs spread over more than `above` eps, from spread / start on, by `factor`, once the marginal
+  // error is below `until`.
+  double above, start, factor, until;
+};
+
+template <class T>
+struct Potentials {
+  T* value;            // [B]
+  T* transport_cost;   // [B]
+  T* f;                // [B, n], in units of the scale
+  T* g;                // [B, m]
+  T* scale;            // [B]
+  T* marginal_error;   // [B]
+  int32_t* iterations; // [B]
+  bool* converged;     // [B]
+  bool* usable;        // [B]: whether the costs are finite and far from overflow
+};
+
+// What arrives for the outputs, null for zero, and the gradients with respect to cost, a and b.
+template <class T>
+struct TransportGradient {
+  const T* value;           // [B]
+  const T* transport_cost;  // [B]
+  const T* f;               // [B, n]
+  const T* g;               // [B, m]
+  const T* scale;           // [B]
+  T* cost_gradient;         // [B, n, m]
+  T* a_gradient;            // [B, n]
+  T* b_gradient;            // [B, m]
+};
+
+namespace cpu {
+template <class T>
+void sinkhorn_cost(const Clouds<T>&, int threads);
+template <class T>
+void sinkhorn_solve(const Transport<T>&, const Stopping&, const Potentials<T>&, int threads);
+template <class T>
+void sinkhorn_gradient(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, int threads);
+}  // namespace cpu
+
+}  // namespace seer

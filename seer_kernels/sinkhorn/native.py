@@ -1,0 +1,133 @@
+"""Launches the compiled kernels: one problem to a core, or to all of them where it is large and they are few."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seer_kernels._checks import check_cost_values
+from seer_kernels.sinkhorn.problem import (
+    ANNEAL_ABOVE,
+    ANNEAL_FACTOR,
+    ANNEAL_START,
+    ANNEAL_TOLERANCE,
+    CANCELLED,
+    COSTS,
+    SCALES,
+    Clouds,
+    Cotangents,
+    Gradients,
+    Problem,
+    Solution,
+    accumulation_dtype,
+)
+
+try:
+    from seer_kernels import _native
+except ImportError:  # seer_kernels.backends() says why; a call never gets here
+    _native = None  # type: ignore[assignment]
+
+
+def lacks(device: torch.device) -> str:
+    """Why there is no kernel where the problems live; empty where there is one."""
+    return "" if device.type == "cpu" else f"it has no optimal transport on {device.type!r}"
+
+
+def cost_matrix(clouds: Clouds) -> Tensor:
+    """The ground costs [B, n, m] in the accumulation dtype; not written past the lengths."""
+    dtype = accumulation_dtype(clouds.x.dtype)
+    x, y = clouds.x.to(dtype).contiguous(), clouds.y.to(dtype).contiguous()
+    (B, n, D), m = x.shape, y.shape[1]
+    cost = x.new_empty(B, n, m)
+    getattr(_native, f"sinkhorn_cost_{_suffix(dtype)}")(
+        B=B,
+        n=n,
+        m=m,
+        D=D,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        x_lengths=_address(clouds.x_lengths),
+        y_lengths=_address(clouds.y_lengths),
+        ground=COSTS.index(clouds.cost),
+        cancelled=CANCELLED,
+        cost=cost.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return cost
+
+
+def solve(problem: Problem) -> Solution:
+    """All problems in one call, each until its own stopping test is met."""
+    B = problem.cost.shape[0]
+    value, transport_cost, scale, error = problem.cost.new_empty(4, B).unbind()
+    f, g = torch.empty_like(problem.a), torch.empty_like(problem.b)
+    iterations = torch.empty(B, dtype=torch.int32)
+    converged, usable = torch.empty(B, dtype=torch.bool), torch.empty(B, dtype=torch.bool)
+    getattr(_native, f"sinkhorn_solve_{_suffix(problem.cost.dtype)}")(
+        _transport(problem),
+        max_iterations=problem.max_iterations,
+        tolerance=problem.tolerance,
+        above=ANNEAL_ABOVE,
+        start=ANNEAL_START,
+        factor=ANNEAL_FACTOR,
+        until=ANNEAL_TOLERANCE,
+        value=value.data_ptr(),
+        transport_cost=transport_cost.data_ptr(),
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        scale=scale.data_ptr(),
+        marginal_error=error.data_ptr(),
+        iterations=iterations.data_ptr(),
+        converged=converged.data_ptr(),
+        usable=usable.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    check_cost_values(problem.cost_name, usable)
+    return Solution(value.clone(), transport_cost.clone(), f, g, scale.clone(), error.clone(), iterations, converged)
+
+
+def gradients(problem: Problem, f: Tensor, g: Tensor, scale: Tensor, arrived: Cotangents) -> Gradients:
+    """Gradients by the envelope theorem for the value, by implicit differentiation for all else (README)."""
+    results = Gradients(torch.empty_like(problem.cost), torch.empty_like(problem.a), torch.empty_like(problem.b))
+    getattr(_native, f"sinkhorn_gradient_{_suffix(problem.cost.dtype)}")(
+        _transport(problem),
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        scale=scale.data_ptr(),
+        value_gradient=_address(arrived.value),
+        transport_cost_gradient=_address(arrived.transport_cost),
+        f_gradient=_address(arrived.f),
+        g_gradient=_address(arrived.g),
+        scale_gradient=_address(arrived.scale),
+        cost_gradient=results.cost.data_ptr(),
+        a_gradient=results.a.data_ptr(),
+        b_gradient=results.b.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return results
+
+
+def _transport(problem: Problem) -> object:
+    B, n, m = problem.cost.shape
+    return getattr(_native, f"Transport_{_suffix(problem.cost.dtype)}")(
+        B=B,
+        n=n,
+        m=m,
+        cost=problem.cost.data_ptr(),
+        a=problem.a.data_ptr(),
+        b=problem.b.data_ptr(),
+        eps=problem.eps.data_ptr(),
+        x_lengths=_address(problem.x_lengths),
+        y_lengths=_address(problem.y_lengths),
+        tau_a=problem.tau_a,
+        tau_b=problem.tau_b,
+        scale_cost=0 if problem.scale_cost is None else 1 + SCALES.index(problem.scale_cost),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return "f64" if dtype == torch.float64 else "f32"
