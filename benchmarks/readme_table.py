@@ -12,21 +12,33 @@ import harness
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TRANSPORT = {"pot-log": "POT, log domain", "pot": "POT, plain", "geomloss": "geomloss"}
 OTHERS = {"idiomatic": "idiomatic torch", "pml": "pytorch-metric-learning", "paper": "paper's formula"}
 
 
 def table(results: Path = harness.RESULTS) -> str:
     """Markdown: one line per case that another implementation can run."""
+    place, losses = _losses(results)
+    return "\n".join(
+        [
+            *losses,
+            "",
+            *_transport(results),
+            "",
+            f"fp32, {place['device']}, {place['threads']} threads, torch {place['torch']}. `×`: the other's time over "
+            "ours in one run; memory: the peak above inputs and gradients. [How this is measured](benchmarks/README.md).",
+        ]
+    )
+
+
+def _losses(results: Path) -> tuple[Mapping[str, str], list[str]]:
     lines = [
         f"| loss, forward and backward | ours | bare products | {' | '.join(OTHERS.values())} | memory: ours | torch |",
         f"| --- | {' | '.join(['---:'] * (len(OTHERS) + 4))} |",
     ]
     place: Mapping[str, str] = {}
     for name in ("bench_loss", "bench_self"):
-        with (results / f"{name}.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for case in dict.fromkeys(row["case"] for row in rows):
-            of = {row["provider"]: row for row in rows if row["case"] == case and row["status"] == "ok"}
+        for case, of in _cases(results / f"{name}.csv").items():
             if "idiomatic" not in of:
                 continue
             place = ours = of["native"]
@@ -37,12 +49,30 @@ def table(results: Path = harness.RESULTS) -> str:
                 f"| {loss} | {_milliseconds(ours)} ms | {_times(of['floor'], ours)} | {' | '.join(ratios)} | "
                 f"{' | '.join(memory)} |"
             )
-    lines += [
-        "",
-        f"fp32, {place['device']}, {place['threads']} threads, torch {place['torch']}. `×`: the other's time over ours "
-        "in one run; memory: the peak above inputs and gradients. [How this is measured](benchmarks/README.md).",
+    return place, lines
+
+
+def _transport(results: Path) -> list[str]:
+    lines = [
+        f"| transport, 100 iterations | ours | {' | '.join(TRANSPORT.values())} |",
+        f"| --- | {' | '.join(['---:'] * (len(TRANSPORT) + 1))} |",
     ]
-    return "\n".join(lines)
+    for case, of in _cases(results / "bench_sinkhorn.csv").items():
+        if "pot" in of:
+            ours = {name: of["points" if name == "geomloss" else "native"] for name in TRANSPORT}  # points or costs
+            ratios = [_times(of[name], ours[name]) for name in TRANSPORT]
+            lines.append(f"| {case} | {_milliseconds(of['native'])} ms | {' | '.join(ratios)} |")
+    return lines
+
+
+def _cases(path: Path) -> dict[str, dict[str, Mapping[str, str]]]:
+    """Case -> provider -> row, of what was timed."""
+    cases: dict[str, dict[str, Mapping[str, str]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] == "ok":
+                cases.setdefault(row["case"], {})[row["provider"]] = row
+    return cases
 
 
 def _milliseconds(row: Mapping[str, str]) -> str:
