@@ -280,7 +280,7 @@ def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
 
 BENCHMARK = Benchmark(
     name="bench_loss",
-    title="One-sided InfoNCE",
+    title="One-sided InfoNCE, forward and backward",
     description=__doc__,
     examples="""\
   python benchmarks/bench_loss.py                                the full table, under two minutes on two cores

@@ -265,7 +265,7 @@ def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
 
 BENCHMARK = Benchmark(
     name="bench_self",
-    title="NT-Xent and SupCon",
+    title="NT-Xent and SupCon, forward and backward",
     description=__doc__,
     examples="""\
   python benchmarks/bench_self.py                                the full table, some minutes on two cores

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
+import command
 import harness
 import torch
+from command import Benchmark
 from harness import Case, Check, Figure, Measurement, Outputs, Provider
-from rich.console import Console
 from torch import Tensor
 
 from seer_kernels import ConvergenceWarning, SinkhornResult, backends, sinkhorn, sinkhorn_from_cost
@@ -28,7 +29,6 @@ TOLERANCE = 1e-4
 VALUE_TOLERANCE = 2e-3
 """Largest relative error of the objective that still counts as a solution. The errors are in the result file."""
 POINTS = {"cost": "euclidean", "scale_cost": "mean"}
-PACKAGES = ("seer-kernels", "pot", "geomloss")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ class Batch:
     B: int
     n: int
     D: int
+
+    @classmethod
+    def parse(cls, text: str) -> Batch:
+        """From `KIND:BxNxD`."""
+        match = re.fullmatch(r"(equal|mixed|ragged):([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+        if not match or (match[1] == "ragged" and int(match[3]) < 16):
+            raise argparse.ArgumentTypeError(
+                f"expected KIND:BxNxD, such as equal:64x100x256, mixed or ragged (N >= 16); got {text!r}"
+            )
+        return cls(match[1], int(match[2]), int(match[3]), int(match[4]))
 
     @property
     def name(self) -> str:
@@ -75,12 +85,12 @@ class Problems:
     """The same problems as batches of equal sizes, for the ragged ones."""
 
 
-def make_case(batch: Batch) -> Case:
+def make_case(batch: Batch, dtype: torch.dtype, device: torch.device) -> Case:
     fields = {"kind": batch.kind, "B": batch.B, "n": batch.n, "m": batch.n, "D": batch.D, "dtype": "float32"}
     return Case(batch.name, fields | {"eps": EPS, "iterations": ITERATIONS})
 
 
-def make_problems(batch: Batch, seed: int) -> Problems:
+def make_problems(batch: Batch, dtype: torch.dtype, device: torch.device, seed: int) -> Problems:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch.B, batch.n, batch.D)
     x, y = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -263,78 +273,36 @@ def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
     return [*figures, Figure(text, ratio(ragged, "points", "groups"), 1.15, True)]
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = "\n".join(f"  {p.name:<10}{p.label}" for p in make_providers().values())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"""\
-providers
-{names}
-
-Euclidean costs over their mean, eps {EPS}, forward only; whoever takes costs is given them, the others take points.
-The check compares the objective with the same in fp64 at convergence; a provider that fails is not timed, and the exit
-code is 1. Figures do not change it.
-
-examples
-  python benchmarks/bench_sinkhorn.py            all batches, under two minutes on two cores
-  python benchmarks/bench_sinkhorn.py --quick    small batches, some seconds""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="smaller batches and fewer rounds")
-    parser.add_argument(
-        "--providers", nargs="+", choices=list(make_providers()), metavar="NAME", help="who is measured"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=harness.RESULTS, metavar="FOLDER", help="where result files go (default: results)"
-    )
-    return parser.parse_args(arguments)
+BENCHMARK = Benchmark(
+    name="bench_sinkhorn",
+    title=f"Entropic optimal transport, {ITERATIONS} iterations",
+    description=__doc__,
+    examples="""\
+  python benchmarks/bench_sinkhorn.py                            all batches, under two minutes on two cores
+  python benchmarks/bench_sinkhorn.py --quick                    small batches, some seconds
+  python benchmarks/bench_sinkhorn.py --sizes equal:256x64x128   another batch""",
+    sizes=BATCHES,
+    sizes_quick=QUICK,
+    parse_size=Batch.parse,
+    size_help="KIND:BxNxD: B problems (equal, mixed or ragged) of N points with D features",
+    make_case=make_case,
+    make_inputs=make_problems,
+    input_bytes=lambda batch, dtype: 2 * batch.B * batch.n * (batch.n + batch.D) * dtype.itemsize,
+    make_providers=lambda quick: make_providers(),
+    make_figures=make_figures,
+    forget=truth.cache_clear,
+    measured=f"forward, Euclidean costs over their mean, eps {EPS}; whoever takes costs is given them",
+    checked="the objective against the same in fp64 at convergence",
+    packages=("seer-kernels", "pot", "geomloss"),
+    dtypes=("float32",),
+    devices=("cpu",),
+    floor="native",
+    ours="points",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    console, status = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 150
-    device = torch.device("cpu")
-    everyone = make_providers()
-    providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
-    environment = harness.environment(device, PACKAGES)
-    measurements: list[Measurement] = []
-    for batch in QUICK if options.quick else BATCHES:
-        status.print(f"{batch.name} ...", highlight=False)
-        count = min(8, harness.input_sets(8 * batch.B * batch.n * batch.D, device))
-        inputs = [make_problems(batch, seed) for seed in range(count)]
-        budget = harness.BUDGET / 4 if options.quick else harness.BUDGET
-        measurements += harness.measure(make_case(batch), providers, inputs, device, budget=budget)
-        truth.cache_clear()
-
-    title = f"Entropic optimal transport, float32, {ITERATIONS} iterations"
-    caption = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"Python {environment['python']}, {environment['date']}"
-    )
-    console.print(harness.results_table(title, measurements, floor="native", ours="points"))
-    console.print(f"[dim]{caption}[/dim]", highlight=False)
-    for provider in providers:
-        console.print(f"[bold]{provider.label}[/bold]: {provider.note}", highlight=False)
-    busy = max((m.busy_elsewhere or 0 for m in measurements), default=0)
-    if busy > 0.05:
-        console.print(f"[yellow]Other processes used up to {busy:.0%} of the CPUs meanwhile: times are noisy.[/yellow]")
-    figures = make_figures(measurements)
-    console.print(harness.figures_table(figures))
-
-    parts = ["bench_sinkhorn", *(["quick"] if options.quick else []), *(["partial"] if options.providers else [])]
-    stem = options.out / "-".join(parts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    compared = list(everyone.values())
-    harness.write_csv(stem.with_suffix(".csv"), harness.rows("sinkhorn", measurements, environment, compared))
-    harness.write_figures(stem.with_suffix(".json"), figures, environment)
-    harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor="native")
-    console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)
-    failed = [m for m in measurements if m.status == "failed"]
-    for m in failed:
-        status.print(f"[bold red]failed[/bold red] {m.provider.name} on {m.case.name}: {m.reason}", highlight=False)
-    return 1 if failed else 0
+    return command.main(BENCHMARK, arguments)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,13 @@ class Benchmark:
     """Called after every case, to drop what was kept of its inputs."""
     measured: str
     """What a call computes, for `--help`."""
+    checked: str = """loss and gradients against the reference in fp64, tolerance from the error that idiomatic torch
+            makes in the same dtype"""
+    """What is checked before, for `--help`."""
     packages: tuple[str, ...] = ("seer-kernels", "pytorch-metric-learning")
     """Whose versions are noted."""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    devices: tuple[str, ...] = ("cpu", "cuda")
     floor: str = "floor"
     """The provider that all times are divided by."""
     ours: str = "native"
@@ -66,8 +71,7 @@ what is measured
   time      {benchmark.measured}:
             median and quartiles of calls in which the providers take turns
   memory    most bytes alive at one time that the call took from torch's allocator, minus the gradients it returns
-  check     loss and gradients against the reference in fp64, tolerance from the error that idiomatic torch makes in the
-            same dtype; a provider that fails is not timed, and the exit code is 1
+  check     {benchmark.checked}; a provider that fails is not timed, and the exit code is 1
   figures   the numbers this package is held to, as met, missed or not measured; they do not change the exit code
 
 examples
@@ -87,9 +91,9 @@ benchmarks/README.md.""",
         metavar="NAME",
         help=f"who is measured, of: {', '.join(everyone)} (default: all)",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the inputs (default: float32)")
+    parser.add_argument("--dtype", choices=benchmark.dtypes, default="float32", help="of the inputs (default: float32)")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where tensors live and providers run (default: cpu)"
+        "--device", choices=benchmark.devices, default="cpu", help="where tensors live and providers run (default: cpu)"
     )
     parser.add_argument(
         "--out",
@@ -142,7 +146,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     environment = harness.environment(torch.device(options.device), benchmark.packages)
     measurements = run(benchmark, options, providers, status)
 
-    title = f"{benchmark.title}, {options.dtype}, forward and backward"
+    title = f"{benchmark.title}, {options.dtype}"
     caption = (
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
         f"Python {environment['python']}, {environment['date']}"

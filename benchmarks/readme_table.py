@@ -26,7 +26,8 @@ def table(results: Path = harness.RESULTS) -> str:
             *_transport(results),
             "",
             f"fp32, {place['device']}, {place['threads']} threads, torch {place['torch']}. `×`: the other's time over "
-            "ours in one run; memory: the peak above inputs and gradients. [How this is measured](benchmarks/README.md).",
+            "ours in one run; memory: the peak above inputs and gradients. "
+            "[How this is measured](benchmarks/README.md).",
         ]
     )
 
