@@ -18,7 +18,7 @@ from setuptools import setup
 
 TARGETS = ("80", "90", "100", "120")
 CPU_SOURCES = ("csrc/module.cpp", "csrc/cpu/contrastive.cpp", "csrc/cpu/products.cpp", "csrc/cpu/instruction_set.cpp")
-CUDA_SOURCES = ("csrc/cuda/contrastive.cu",)
+CUDA_SOURCES = ("csrc/cuda/contrastive.cu", "csrc/cuda/fused.cu")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 HEADERS = tuple(str(p) for p in sorted(Path("csrc").rglob("*.h")))
 

@@ -678,7 +678,8 @@ def _contrastive_fake(
 
 def _keeps_slopes(query: Tensor, p: int, n: int, m: int, backend: str) -> bool:
     """Whether the forward pass leaves the gradients of the features to the backward pass."""
-    if 0 in (p, n, m) or not native.keeps_slopes(query.device, query.dtype, p, n, m):
+    d = query.shape[-1]
+    if 0 in (p, n, m, d) or not native.keeps_slopes(query.device, query.dtype, p, n, m, d):
         return False
     return _dispatch.choose(backend, query.device, query.dtype, {}) == "native"
 
@@ -701,9 +702,8 @@ def _scale_kernel(
     per_problem = scale.view(-1, 1, 1)
     features: tuple[Tensor | None, Tensor | None]
     if slopes.numel():
-        scaled = PairSlopes(slopes * per_problem, along * per_problem[..., 0])
-        alone = Pairing(pairing).self_contrast
-        features = native.gradients_from_slopes(query, key, scaled, alone, (query_wanted, key_wanted))
+        kept, alone = PairSlopes(slopes, along), Pairing(pairing).self_contrast
+        features = native.gradients_from_slopes(query, key, kept, scale.contiguous(), alone, (query_wanted, key_wanted))
     else:
         features = (
             query_gradient * per_problem if query_wanted else None,
