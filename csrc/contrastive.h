@@ -120,6 +120,9 @@ struct FusedLoss : Operands<T> {
   T* rows;                          // [kTop1 + 1, P, N]
   T* slopes;                        // [P, N, M] d total / d product, if write_slopes; in any case written to
   T* along;                         // [P, N + M], [P, N] for self_contrast: multiple of the features taken off, or null
+  T* total_loss;                    // [P] sum_i weight_i loss_i
+  T* total_weight;                  // [P] sum of the weights of rows with a positive; 1 where there is none
+  T* mean_loss;                     // [P] total_loss / total_weight
   T* temperature_gradient;          // [P]
   T* bias_gradient;                 // [P]
   bool write_slopes;

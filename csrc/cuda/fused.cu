@@ -203,6 +203,7 @@ struct ProductTile {
       key[k] = existing_row(b.key, first_key + c + k, int(b.M));
     }
     T sums[kSide * kSide] = {};
+#pragma unroll 1
     for (int d = begin + lane() * kPack<F>; d < end; d += kWarp * kPack<F>) {
       T q[kSide][kPack<F>], u[kSide][kPack<F>];
 #pragma unroll
@@ -336,7 +337,8 @@ struct Pairs {
 #pragma unroll 1
     for (int i = warp(); i < N; i += warps()) {
       const T row_gradient = (b.row_gradient ? b.row_gradient[p * N + i] : T(1)) / T(sides);
-      T planes[kLogitSum] = {};
+      T* results = b.rows + p * N + i;
+      const int64_t plane = b.P * N;
       SigmoidSums<T> sigmoid = {0, 0, 0};
 #pragma unroll 1
       for (int side = 0; side < sides; ++side) {
@@ -354,36 +356,45 @@ struct Pairs {
           }
         });
         seen = seen.merged_over_warp();
+        if (lane() != 0) continue;
+        keep_anchor(side == 1 ? column_anchors : row_anchors, i, seen, row_gradient);
         T of_side[kLogitSum];
         seen.results(temperature, row_gradient, of_side);
 #pragma unroll
-        for (int which = 0; which < kLogitDot; ++which) planes[which] += of_side[which] / T(sides);
-        planes[kLogitDot] += of_side[kLogitDot];
-        if (lane() == 0) keep_anchor(side == 1 ? column_anchors : row_anchors, i, seen, row_gradient);
+        for (int which = 0; which < kLogitDot; ++which) {
+          results[which * plane] = (side == 1 ? results[which * plane] : T(0)) + of_side[which] / T(sides);
+        }
+        logit_dot[i] = (side == 1 ? logit_dot[i] : T(0)) + of_side[kLogitDot];
       }
-      if (b.form == Form::kSigmoid) {
-        sigmoid = sigmoid.merged_over_warp();
-        planes[kLoss] = sigmoid.loss;
-        planes[kLogitDot] = row_gradient * sigmoid.slopes_logit;
-      }
+      sigmoid = sigmoid.merged_over_warp();
       if (lane() != 0) continue;
-#pragma unroll
-      for (int which = 0; which < kLogitDot; ++which) b.rows[(which * b.P + p) * N + i] = planes[which];
-      logit_dot[i] = planes[kLogitDot];
       logit_sum[i] = row_gradient * sigmoid.slopes;
+      if (b.form == Form::kSigmoid) {
+        results[kLoss * plane] = sigmoid.loss;
+        logit_dot[i] = row_gradient * sigmoid.slopes_logit;
+      }
     }
   }
 
-  SEER_DEVICE void scalar_gradients() const {
+  SEER_DEVICE void add_anchors() const {
     if (warp() != 0) return;
-    T dot = 0, sum = 0;
+    T dot = 0, sum = 0, loss = 0, total_weight = 0;
     for (int i = lane(); i < N; i += kWarp) {
+      const T weight = (b.weights ? b.weights[p * N + i] : T(1)) * b.rows[(kValid * b.P + p) * N + i];
       dot += logit_dot[i];
       sum += logit_sum[i];
+      loss += weight * b.rows[(kLoss * b.P + p) * N + i];
+      total_weight += weight;
     }
     dot = warp_sum(dot);
     sum = warp_sum(sum);
+    loss = warp_sum(loss);
+    total_weight = warp_sum(total_weight);
     if (lane() == 0) {
+      if (!(total_weight > T(0))) total_weight = 1;
+      b.total_loss[p] = loss;
+      b.total_weight[p] = total_weight;
+      b.mean_loss[p] = loss / total_weight;
       b.temperature_gradient[p] = -dot / temperature;
       b.bias_gradient[p] = sum;
     }
@@ -464,7 +475,7 @@ SEER_KERNEL(1) fused_loss_kernel(const FusedLoss<Wide<F>> b, const Division divi
   barrier();
   pairs.settle_anchors();
   barrier();
-  pairs.scalar_gradients();
+  pairs.add_anchors();
   if (b.write_slopes) pairs.write_slopes();
 }
 

@@ -46,8 +46,8 @@ struct Summary {
     max_negative = std::fmax(max_negative, pair.negative ? logit : kAbsent<T>);
     sum_positive += pair.positive ? logit : T(0);
     sum_negative += pair.negative ? logit : T(0);
-    positives += pair.positive != 0;
-    negatives += pair.negative != 0;
+    positives -= pair.positive;  // a mask is -1 where it holds
+    negatives -= pair.negative;
   }
 
   // Restates the totals, so far relative to `reference`, relative to top().

@@ -29,6 +29,7 @@ from seer_kernels.contrastive.problem import (
     PairSlopes,
     Problem,
     RowResults,
+    Totals,
     Wanted,
     accumulation_dtype,
     no_anchors,
@@ -388,8 +389,7 @@ def _fused_loss(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -
         "rows": (len(RowResults._fields), P, N),
         "slopes": (P, N, M),
         "along": (P, (N if alone else N + M) if problem.normalize and wants_slopes else 0),
-        "temperature_gradient": (P,),
-        "bias_gradient": (P,),
+        **dict.fromkeys(("total_loss", "total_weight", "mean_loss", "temperature_gradient", "bias_gradient"), (P,)),
     }
     results = {name: torch.empty(shape, dtype=dtype, device=sets[0].device) for name, shape in sizes.items()}
     query_set, key_set = _row_sets(sets, alone)
@@ -415,6 +415,7 @@ def _fused_loss(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -
         results["temperature_gradient"] if wanted.temperature else None,
         results["bias_gradient"] if wanted.bias else None,
         PairSlopes(results["slopes"], results["along"]) if wants_slopes else None,
+        Totals(results["total_loss"], results["total_weight"], results["mean_loss"]),
     )
 
 

@@ -64,6 +64,7 @@ def _fused_loss(number: type[ctypes.c_float] | type[ctypes.c_double]) -> type[ct
             ("temperature_value", number),
             ("bias_value", number),
             *((name, ctypes.c_void_p) for name in ("row_gradient", "scratch", "rows", "slopes", "along")),
+            *((name, ctypes.c_void_p) for name in ("total_loss", "total_weight", "mean_loss")),
             *((name, ctypes.c_void_p) for name in ("temperature_gradient", "bias_gradient")),
             ("write_slopes", ctypes.c_bool),
         )
