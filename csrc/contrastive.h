@@ -94,6 +94,53 @@ struct Features {
   const T* key;
 };
 
+// Rows of each of P problems, [P, split, D] at `first` and [P, rows - split, D] at `second`, contiguous.
+struct RowSet {
+  void* first;  // each null where it is not wanted
+  void* second;
+  int64_t split, rows;
+};
+
+// Of what type features are: T itself, or half precision that is widened to T = float as it is read.
+enum class FeatureType : int { kWide = 0, kBfloat16 = 1, kHalf = 2 };
+
+enum class Form : int { kSoftmax = 0, kSymmetric = 1, kSigmoid = 2 };
+
+// A whole loss of few rows, from features to slopes, in one launch. The scales of Operands are unused.
+template <class T>
+struct FusedLoss : Operands<T> {
+  RowSet query, key;  // the same for self_contrast
+  int64_t D;
+  FeatureType type;
+  Form form;
+  bool normalize;
+  T temperature_value, bias_value;  // where the pointers to them are null
+  const T* row_gradient;            // [P, N] d total / d loss_i; null for ones
+  T* scratch;                       // as many values as fused_scratch() says
+  T* rows;                          // [kTop1 + 1, P, N]
+  T* slopes;                        // [P, N, M] d total / d product, if write_slopes; in any case written to
+  T* along;                         // [P, N + M], [P, N] for self_contrast: multiple of the features taken off, or null
+  T* total_loss;                    // [P] sum_i weight_i loss_i
+  T* total_weight;                  // [P] sum of the weights of rows with a positive; 1 where there is none
+  T* mean_loss;                     // [P] total_loss / total_weight
+  T* temperature_gradient;          // [P]
+  T* bias_gradient;                 // [P]
+  bool write_slopes;
+};
+
+// From slopes to the gradients of features of few rows.
+template <class T>
+struct FusedGradients {
+  int64_t P, D;
+  RowSet query, key;  // the same for self_contrast
+  RowSet query_gradient, key_gradient;
+  FeatureType type;  // of gradients, too
+  bool self_contrast;
+  const T* slopes;  // as in FusedLoss
+  const T* along;
+  const T* scale;  // [P] multiplies the gradients of each problem; null for ones
+};
+
 namespace cpu {
 
 // products [P, N, M] = query . key; and, unless they are null, 1 / |query| [P, N] and 1 / |key| [P, M], 0 for rows of zeros.
@@ -144,6 +191,18 @@ void contrastive_rows(const RowBlock<T>& block, int device, std::uintptr_t strea
 template <class T>
 void project_rows(T* gradient, const T* x, const T* inverse_norm, int64_t rows, int64_t D, int device,
                   std::uintptr_t stream);
+
+// At most kFusedRows queries and keys.
+constexpr int kFusedRows = 256;
+
+// Values of scratch memory that a FusedLoss needs for itself.
+int64_t fused_scratch(int64_t P, int64_t N, int64_t M, int64_t D, bool self_contrast);
+
+template <class T>
+void fused_loss(const FusedLoss<T>& loss, int device, std::uintptr_t stream);
+
+template <class T>
+void fused_gradients(const FusedGradients<T>& gradients, int device, std::uintptr_t stream);
 
 }  // namespace cuda
 }  // namespace seer

@@ -219,6 +219,48 @@ void bind_sinkhorn(py::module_& m, const std::string& type) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+#if defined(SEER_CUDA_ARCHITECTURES)
+RowSet rows(std::uintptr_t first, std::uintptr_t second, int64_t split, int64_t rows) {
+  return {pointer<void>(first), pointer<void>(second), split, rows};
+}
+
+template <class T>
+void bind_fused(py::module_& m, const std::string& type) {
+  m.def(
+      ("fused_loss_cuda_" + type).c_str(),
+      [](const Operands<T>& operands, RowSet query, RowSet key, int64_t D, int feature_type, int form, bool normalize,
+         T temperature_value, T bias_value, std::uintptr_t row_gradient, std::uintptr_t scratch, std::uintptr_t rows, std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t total_loss,
+         std::uintptr_t total_weight, std::uintptr_t mean_loss, std::uintptr_t temperature_gradient,
+         std::uintptr_t bias_gradient, bool write_slopes, int device, std::uintptr_t stream) {
+        cuda::fused_loss<T>({operands, query, key, D, static_cast<FeatureType>(feature_type), static_cast<Form>(form),
+                             normalize, temperature_value, bias_value, pointer<const T>(row_gradient),
+                             pointer<T>(scratch), pointer<T>(rows), pointer<T>(slopes), pointer<T>(along),
+                             pointer<T>(total_loss), pointer<T>(total_weight), pointer<T>(mean_loss),
+                             pointer<T>(temperature_gradient), pointer<T>(bias_gradient),
+                             write_slopes},
+                            device, stream);
+      },
+      py::arg("operands"), py::kw_only(), py::arg("query"), py::arg("key"), py::arg("D"), py::arg("feature_type"),
+      py::arg("form"), py::arg("normalize"), py::arg("temperature_value"), py::arg("bias_value"),
+      py::arg("row_gradient"), py::arg("scratch"), py::arg("rows"), py::arg("slopes"),
+      py::arg("along"), py::arg("total_loss"), py::arg("total_weight"), py::arg("mean_loss"), py::arg("temperature_gradient"), py::arg("bias_gradient"), py::arg("write_slopes"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("fused_gradients_cuda_" + type).c_str(),
+      [](int64_t P, int64_t D, RowSet query, RowSet key, RowSet query_gradient, RowSet key_gradient, int feature_type,
+         bool self_contrast, std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t scale, int device,
+         std::uintptr_t stream) {
+        cuda::fused_gradients<T>({P, D, query, key, query_gradient, key_gradient,
+                                  static_cast<FeatureType>(feature_type), self_contrast, pointer<const T>(slopes),
+                                  pointer<const T>(along), pointer<const T>(scale)},
+                                 device, stream);
+      },
+      py::kw_only(), py::arg("P"), py::arg("D"), py::arg("query"), py::arg("key"), py::arg("query_gradient"),
+      py::arg("key_gradient"), py::arg("feature_type"), py::arg("self_contrast"), py::arg("slopes"), py::arg("along"),
+      py::arg("scale"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -240,6 +282,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
   bind_rows(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");
   bind_rows(m, "cuda_f64", cuda::contrastive_rows<double>, cuda::project_rows<double>, "device", "stream");
+  py::class_<RowSet>(m, "RowSet")
+      .def(py::init(&rows), py::kw_only(), py::arg("first"), py::arg("second"), py::arg("split"), py::arg("rows"));
+  bind_fused<float>(m, "f32");
+  bind_fused<double>(m, "f64");
+  m.def("fused_scratch", &cuda::fused_scratch, py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"),
+        py::arg("self_contrast"));
 #else
   m.attr("cuda_architectures") = "";
 #endif

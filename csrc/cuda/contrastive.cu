@@ -6,11 +6,10 @@
 #include <string>
 
 #include "device.h"
+#include "summary.h"
 
 namespace seer::cuda {
 namespace {
-
-#include "../pair_rule.h"
 
 // Both kernels are bound by memory. Their floors per element: contrastive_rows reads and writes one product, 8 bytes in
 // fp32, 4 without a gradient; project_rows reads x and reads and writes the gradient, 12 bytes. So a row waits in
@@ -30,33 +29,12 @@ constexpr int64_t kLimit = 1 << 30;  // of rows, and of columns
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 
-// A logit that takes no part: finite, so that 0 * kAbsent is 0, and far below any real one.
-template <class T>
-constexpr T kAbsent = T(-1e30);
-
 // Calls use(k) for the calling thread's packs k in [0, packs).
 template <class Use>
 SEER_DEVICE inline void each_pack(int packs, const Use& use) {
 #pragma unroll 2
   for (int k = team_thread(); k < packs; k += team_threads()) use(k);
 }
-
-template <class T>
-SEER_DEVICE inline T warp_sum(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-template <class T>
-SEER_DEVICE inline T warp_max(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = std::fmax(value, shuffle_xor(value, mask));
-  return value;
-}
-
-// The largest that merge_team takes of a block's shared memory.
-constexpr int kStaticSharedBytes = 2048;
 
 // What the threads of a team hold, merged, in each of them. At most once per kernel: nothing guards a second use of
 // the shared memory.
@@ -72,40 +50,6 @@ SEER_DEVICE inline Value merge_team(Value value) {
   value = lane < warps ? of_warp[lane] : Value::empty();
   return value.merged_over_warp();
 }
-
-// What a set of columns tells of its row.
-template <class T>
-struct Summary {
-  T max_positive, max_negative;  // logits
-  T sum_positive, sum_negative;  // logits
-  T total, total_logit;          // sums of e = exp(logit - top()) and of e * (logit - top())
-  int positives, negatives;
-
-  SEER_DEVICE static Summary empty() { return {kAbsent<T>, kAbsent<T>, 0, 0, 0, 0, 0, 0}; }
-
-  SEER_DEVICE T top() const { return std::fmax(max_positive, max_negative); }
-
-  // Restates the totals, so far relative to `reference`, relative to top().
-  SEER_DEVICE void restate(T reference) {
-    const T shift = reference - top(), factor = std::exp(shift);
-    total_logit = factor * (total_logit + total * shift);
-    total *= factor;
-  }
-
-  SEER_DEVICE Summary merged_over_warp() const {
-    Summary merged = *this;
-    merged.max_positive = warp_max(max_positive);
-    merged.max_negative = warp_max(max_negative);
-    merged.restate(top());
-    merged.total = warp_sum(merged.total);
-    merged.total_logit = warp_sum(merged.total_logit);
-    merged.sum_positive = warp_sum(sum_positive);
-    merged.sum_negative = warp_sum(sum_negative);
-    merged.positives = warp_sum(positives);
-    merged.negatives = warp_sum(negatives);
-    return merged;
-  }
-};
 
 // One query, as its pairs see it.
 template <class T>
@@ -183,14 +127,8 @@ struct Tile {
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) {
         const T logit = value[v] * row.scale * key_scale[v];
-        const bool positive = pair[v].positive, negative = pair[v].negative;
-        summary.max_positive = std::fmax(summary.max_positive, positive ? logit : kAbsent<T>);
-        summary.max_negative = std::fmax(summary.max_negative, negative ? logit : kAbsent<T>);
-        summary.sum_positive += positive ? logit : T(0);
-        summary.sum_negative += negative ? logit : T(0);
-        summary.positives += positive;
-        summary.negatives += negative;
-        value[v] = positive || negative ? logit : kAbsent<T>;
+        summary.add(logit, pair[v]);
+        value[v] = pair[v].positive | pair[v].negative ? logit : kAbsent<T>;
       }
       store(cache, k, value);
     });
@@ -255,19 +193,8 @@ SEER_KERNEL(kBlocks<T>) contrastive_rows_kernel(const RowBlock<T> b, unsigned ro
   const bool valid = all.positives > 0;
   const T top = all.top(), row_gradient = b.row_gradient[p * b.N + i];
   if (team_thread() == 0) {
-    const T mean_positive = all.sum_positive / T(all.positives), temperature = *b.temperature;
-    T planes[kLogitSum] = {};  // the last plane is of the sigmoid loss: left as it is
-    if (valid) {
-      planes[kLoss] = std::log(all.total) - (mean_positive - top);
-      planes[kValid] = T(1);
-      planes[kPositiveSimilarity] = mean_positive * temperature;
-      if (all.negatives > 0) {
-        planes[kNegativeSimilarity] = all.sum_negative / T(all.negatives) * temperature;
-        planes[kHasNegative] = T(1);
-      }
-      planes[kTop1] = T(all.max_positive > all.max_negative);
-      planes[kLogitDot] = row_gradient * (all.total_logit / all.total - (mean_positive - top));
-    }
+    T planes[kLogitSum];  // the last plane is of the sigmoid loss: left as it is
+    all.results(*b.temperature, row_gradient, planes);
 #pragma unroll
     for (int which = 0; which < kLogitSum; ++which) b.rows[(which * b.P + p) * b.N + i] = planes[which];
   }

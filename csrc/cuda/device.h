@@ -17,12 +17,25 @@ struct Place {
   std::uintptr_t stream;  // cudaStream_t
 };
 
+// Features in half precision, as memory holds them.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The largest that a kernel's SEER_SHARED memory may be.
+constexpr int kStaticSharedBytes = 2048;
+
 }  // namespace seer::cuda
 
 #if !defined(__CUDACC__)
 #include "device_shim.h"
 #else
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
@@ -99,6 +112,40 @@ SEER_DEVICE inline void wait_for_copies() {
   __pipeline_wait_prior(0);
 }
 
+SEER_DEVICE inline float widen(float value) { return value; }
+SEER_DEVICE inline double widen(double value) { return value; }
+SEER_DEVICE inline float widen(Bfloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
+SEER_DEVICE inline float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+
+// Rounded to the nearest F.
+template <class F, class T>
+SEER_DEVICE inline F narrowed(T value) {
+  if constexpr (std::is_same_v<F, Bfloat16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  } else if constexpr (std::is_same_v<F, Half>) {
+    return {__half_as_ushort(__float2half_rn(value))};
+  } else {
+    return value;
+  }
+}
+
+// Between the blocks of a launch: what a thread publishes before its fence(), any thread sees by read_published() after
+// a fence() of its own, or of its block before a barrier, if in between a ticket went from the one block to the other.
+template <class T>
+SEER_DEVICE inline void publish(T* address, T value) {
+  __stcg(address, value);
+}
+
+template <class T>
+SEER_DEVICE inline T read_published(const T* address) {
+  return __ldcg(address);
+}
+
+SEER_DEVICE inline void fence() { __threadfence(); }
+
+// How many have drawn before, from a ticket that was zero.
+SEER_DEVICE inline int draw_ticket(int* ticket) { return atomicAdd(ticket, 1); }
+
 inline void check(cudaError_t error, const char* kernel, int device) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // forget it: the next launch is not to blame
@@ -136,11 +183,17 @@ inline int shared_memory_of_half_a_multiprocessor(const char* kernel, Place plac
          attribute(cudaDevAttrReservedSharedMemoryPerBlock, kernel, place.device);
 }
 
+// Queues zeros for `bytes` bytes on the place's stream; graphs can capture it.
+inline void queue_zeros(const char* name, Place place, void* memory, int64_t bytes) {
+  const CurrentDevice current(name, place.device);
+  check(cudaMemsetAsync(memory, 0, size_t(bytes), reinterpret_cast<cudaStream_t>(place.stream)), name, place.device);
+}
+
 // Queues `blocks` blocks of `teams` x `threads` threads. Nothing waits and nothing is allocated: graphs can capture it.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Place place, int64_t blocks, int teams, int threads,
             int shared_bytes, const Arguments&... arguments) {
-  constexpr int kFree = 48 << 10;  // more must be asked for
+  constexpr int kFree = (48 << 10) - kStaticSharedBytes;  // more must be asked for
   const CurrentDevice current(name, place.device);
   if (shared_bytes > kFree) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, place.device);

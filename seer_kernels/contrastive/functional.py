@@ -17,9 +17,9 @@ from seer_kernels.contrastive.problem import (
     PairSlopes,
     Problem,
     RowResults,
+    Totals,
     Wanted,
     accumulation_dtype,
-    row_weights,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -599,24 +599,33 @@ def _contrastive_kernel(
         with torch.autocast(query.device.type, enabled=False):
             rows, gradients = _backend(backend, problem).forward(problem, wanted)
 
-    weight = rows.valid if weights is None else rows.valid * row_weights(problem)  # [P, N]
-    total_weight = weight.sum(-1)
-    scale = torch.where(total_weight > 0, total_weight, 1.0)
-    statistics = _statistics(rows, weight, scale) if return_stats else scale.new_empty(0)
-    loss = weight * rows.loss
-    if reduction != "none":
-        loss = loss.sum(-1)
-    if reduction == "mean":
-        loss = loss / scale
-    else:
-        scale = torch.ones_like(scale)
-    *formed, slopes = gradients
+    *formed, slopes, totals = gradients
+    if totals is None:
+        totals = _totals(rows, weights)
+    statistics = _statistics(rows, weights, totals.weight) if return_stats else totals.weight.new_empty(0)
+    loss = {"mean": totals.mean, "sum": totals.loss}.get(reduction)
+    if loss is None:
+        loss = _row_weights(rows, weights) * rows.loss
+    scale = totals.weight if reduction == "mean" else torch.ones_like(totals.weight)
     for_backward = (scale.new_empty(0) if g is None else g for g in (*formed, *(slopes or (None, None))))
     return (loss, statistics, scale, *for_backward)  # type: ignore[return-value]  # mypy loses the count
 
 
-def _statistics(rows: RowResults, weight: Tensor, scale: Tensor) -> Tensor:
-    """The fields of ContrastiveStatistics, [3, P]; `scale` is the sum of `weight` over the rows."""
+def _row_weights(rows: RowResults, weights: Tensor | None) -> Tensor:
+    """The weight of each row's loss, [P, N]."""
+    return rows.valid if weights is None else rows.valid * weights.to(rows.valid.dtype)
+
+
+def _totals(rows: RowResults, weights: Tensor | None) -> Totals:
+    weight = _row_weights(rows, weights)
+    loss, total_weight = (weight * rows.loss).sum(-1), weight.sum(-1)
+    scale = torch.where(total_weight > 0, total_weight, 1.0)
+    return Totals(loss, scale, loss / scale)
+
+
+def _statistics(rows: RowResults, weights: Tensor | None, scale: Tensor) -> Tensor:
+    """The fields of ContrastiveStatistics, [3, P]; `scale` is the sum of the rows' weights."""
+    weight = _row_weights(rows, weights)
     negative_weight = (weight * rows.has_negative).sum(-1)
     return torch.stack(
         [
@@ -678,7 +687,8 @@ def _contrastive_fake(
 
 def _keeps_slopes(query: Tensor, p: int, n: int, m: int, backend: str) -> bool:
     """Whether the forward pass leaves the gradients of the features to the backward pass."""
-    if 0 in (p, n, m) or not native.keeps_slopes(query.device, query.dtype, p, n, m):
+    d = query.shape[-1]
+    if 0 in (p, n, m, d) or not native.keeps_slopes(query.device, query.dtype, p, n, m, d):
         return False
     return _dispatch.choose(backend, query.device, query.dtype, {}) == "native"
 
@@ -701,9 +711,8 @@ def _scale_kernel(
     per_problem = scale.view(-1, 1, 1)
     features: tuple[Tensor | None, Tensor | None]
     if slopes.numel():
-        scaled = PairSlopes(slopes * per_problem, along * per_problem[..., 0])
-        alone = Pairing(pairing).self_contrast
-        features = native.gradients_from_slopes(query, key, scaled, alone, (query_wanted, key_wanted))
+        kept, alone = PairSlopes(slopes, along), Pairing(pairing).self_contrast
+        features = native.gradients_from_slopes(query, key, kept, scale.contiguous(), alone, (query_wanted, key_wanted))
     else:
         features = (
             query_gradient * per_problem if query_wanted else None,

@@ -5,7 +5,8 @@ products are overwritten by the gradient with respect to them, and two more matr
 queries and keys: three products in all, and no memory beyond one block.
 
 Problems of few rows, such as the hidden states of a training step, stay in the caches: there our own kernels multiply,
-which need no packing, and take the normalisation's part of the gradient along.
+which need no packing, and take the normalisation's part of the gradient along. On CUDA such a problem is one launch
+from features to slopes, and one from slopes to gradients.
 
 Where keys are anchors too (self-contrast, symmetric losses), no gradient can be formed before every row and column has
 been seen. A first sweep collects what each anchor needs, a second one forms the gradient. A set against itself is
@@ -15,18 +16,20 @@ symmetric: only blocks on and above the diagonal are visited, which halves the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seer_kernels.contrastive.problem import (
+    FORMS,
     SAME_LABEL,
     Gradients,
     PairSlopes,
     Problem,
     RowResults,
+    Totals,
     Wanted,
     accumulation_dtype,
     no_anchors,
@@ -47,20 +50,29 @@ KEPT_BYTES = 32 << 20
 """Two sweeps keep the products of the first for the second if all of them take no more than this."""
 
 CACHED_ROWS = 256
-"""Problems of at most so many queries and keys are multiplied by our own kernels, on the CPU."""
+"""Problems of at most so many queries and keys are multiplied by our own kernels."""
+
+FUSED_WORK = 1 << 29
+"""On CUDA, only up to so many multiply-adds P N M D: beyond them the library's rate counts for more than launches."""
+
+FEATURE_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+"""As `seer::FeatureType` numbers what the fused kernels widen as they read it."""
 
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
 
 
 ONLY_ON_CUDA = "on CUDA it computes one-sided info_nce only, of all keys at once"
+SMALL_ON_CUDA = (
+    f"of more than {CACHED_ROWS} queries or keys, or of more than {FUSED_WORK} multiply-adds, on CUDA it computes "
+    "one-sided info_nce only"
+)
 
 
 def lacks(problem: Problem) -> str:
     """Why there is no kernel for a problem where it lives; empty where there is one."""
-    if problem.query.device.type == "cuda" and (problem.form, problem.pairing.name) != ("softmax", "rows"):
-        return ONLY_ON_CUDA
-    return ""
+    everywhere = problem.query.device.type == "cpu" or (problem.form, problem.pairing.name) == ("softmax", "rows")
+    return "" if everywhere or _is_small(problem) else SMALL_ON_CUDA
 
 
 def lacks_parts(device: torch.device) -> str:
@@ -71,7 +83,7 @@ def lacks_parts(device: torch.device) -> str:
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
     """Row results, and the gradients of `sum_i weights_i loss_i`."""
-    return _evaluate(problem, row_weights(problem), wanted)
+    return _evaluate(problem, problem.weights, wanted)
 
 
 def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradients:
@@ -80,20 +92,39 @@ def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradient
     if gradients.slopes is None:
         return gradients
     alone = problem.pairing.self_contrast
-    query, key = gradients_from_slopes(problem.query, problem.key, gradients.slopes, alone, wanted[:2])
+    query, key = gradients_from_slopes(problem.query, problem.key, gradients.slopes, None, alone, wanted[:2])
     return gradients._replace(query=query, key=key, slopes=None)
 
 
-def keeps_slopes(device: torch.device, dtype: torch.dtype, P: int, N: int, M: int) -> bool:
+def keeps_slopes(device: torch.device, dtype: torch.dtype, P: int, N: int, M: int, D: int) -> bool:
     """Whether `forward` returns slopes: of small problems they take less memory than the gradients of the features."""
     small = 0 < max(N, M) <= CACHED_ROWS and P * N * M * accumulation_dtype(dtype).itemsize <= BLOCK_BYTES
-    return small and device.type == "cpu"
+    return small and (not _fuses(device) or 0 < P * N * M * D <= FUSED_WORK)
+
+
+def _is_small(problem: Problem) -> bool:
+    return keeps_slopes(problem.query.device, problem.query.dtype, *problem.sizes)
+
+
+def _fuses(device: torch.device) -> bool:
+    """Whether small problems are one launch each way there."""
+    return device.type == "cuda"
 
 
 def gradients_from_slopes(
-    query: Tensor, key: Tensor | None, slopes: PairSlopes, self_contrast: bool, wanted: tuple[bool, bool]
+    query: Tensor,
+    key: Tensor | None,
+    slopes: PairSlopes,
+    scale: Tensor | None,
+    self_contrast: bool,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of queries and keys in the accumulation dtype, None where not `wanted`."""
+    """Gradients of queries and keys, None where not `wanted`, times `scale` [P] if given; in the dtype of the features
+    or in the accumulation dtype."""
+    if _fuses(query.device):
+        return _fused_gradients(query, key, slopes, scale, self_contrast, wanted)
+    if scale is not None:
+        slopes = PairSlopes(slopes.slopes * scale.view(-1, 1, 1), slopes.along * scale.view(-1, 1))
     sets = [x.to(slopes.slopes.dtype).contiguous() for x in (query, key) if x is not None]
     if not self_contrast:
         query_gradient, key_gradient = (torch.empty_like(x) if w else None for x, w in zip(sets, wanted, strict=True))
@@ -164,8 +195,12 @@ def _parts(sweep: _Sweep, like: Tensor) -> Iterator[tuple[_Block, Tensor]]:
         yield block, products
 
 
-def _evaluate(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    small = keeps_slopes(problem.query.device, problem.dtype, *problem.sizes[:3])
+def _evaluate(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    small = _is_small(problem)
+    if small and _fuses(problem.query.device):
+        return _fused_loss(problem, row_gradient, wanted)
+    if row_gradient is None:
+        row_gradient = row_weights(problem)
     sweep = (_CachedSweep if small else _Sweep)(problem, wanted)
     if problem.pairing.self_contrast or problem.form == "symmetric":
         return _two_sweeps(sweep, row_gradient)
@@ -201,22 +236,7 @@ class _Sweep:
         self.sets, self.scales = sets, scales  # scales of queries and keys; none for raw products
         self.scale_addresses = [x.data_ptr() for x in scales] or [0, 0]
         self.temperature, self.bias = self._on_device(problem.temperature), self._on_device(problem.bias)
-        self.operands = getattr(_native, f"Operands_{_suffix(self.dtype)}")(
-            P=self.P,
-            N=self.N,
-            M=self.M,
-            query_scale=self.scale_addresses[0],
-            key_scale=self.scale_addresses[1],
-            temperature=_address(self.temperature),
-            bias=_address(self.bias),
-            query_labels=_address(problem.query_labels),
-            key_labels=_address(problem.key_labels),
-            weights=_address(problem.weights),
-            shared_weights=problem.pairing.shared_weights,
-            own_shift=problem.pairing.own_shift(self.N),
-            self_contrast=problem.pairing.self_contrast,
-            same_label=SAME_LABEL.index(problem.same_label),
-        )
+        self.operands = _operands(problem, self.temperature, self.bias, *scales)
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
         if scalar is None or scalar.device == self.device:
@@ -308,6 +328,32 @@ class _Sweep:
         )
 
 
+def _operands(
+    problem: Problem,
+    temperature: Tensor | None,
+    bias: Tensor | None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+) -> Any:
+    P, N, M, _ = problem.sizes
+    return getattr(_native, f"Operands_{_suffix(problem.dtype)}")(
+        P=P,
+        N=N,
+        M=M,
+        query_scale=_address(query_scale),
+        key_scale=_address(key_scale),
+        temperature=_address(temperature),
+        bias=_address(bias),
+        query_labels=_address(problem.query_labels),
+        key_labels=_address(problem.key_labels),
+        weights=_address(problem.weights),
+        shared_weights=problem.pairing.shared_weights,
+        own_shift=problem.pairing.own_shift(N),
+        self_contrast=problem.pairing.self_contrast,
+        same_label=SAME_LABEL.index(problem.same_label),
+    )
+
+
 class _CachedSweep(_Sweep):
     """All problems as one block, multiplied by our own kernels, up to the slopes."""
 
@@ -347,6 +393,98 @@ class _CachedSweep(_Sweep):
                 along=along.data_ptr(),
             )
         self.slopes = PairSlopes(slopes, along)
+
+
+def _fused_loss(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -> tuple[RowResults, Gradients]:
+    """The whole loss in one launch, up to the slopes; `row_gradient` [P, N], or None for ones."""
+    P, N, M, D = problem.sizes
+    alone, dtype = problem.pairing.self_contrast, problem.dtype
+    sets = [x.contiguous() for x in (problem.query, problem.key) if x is not None]
+    numbers = {"temperature": problem.temperature, "bias": problem.bias}
+    there = {name: x if x is not None and x.device == sets[0].device else None for name, x in numbers.items()}
+    operands = _operands(problem, **there)
+    wants_slopes = any(wanted[:2])
+    sizes = {
+        "scratch": (_native.fused_scratch(P=P, N=N, M=M, D=D, self_contrast=alone),),
+        "rows": (len(RowResults._fields), P, N),
+        "slopes": (P, N, M),
+        "along": (P, (N if alone else N + M) if problem.normalize and wants_slopes else 0),
+        **dict.fromkeys(("total_loss", "total_weight", "mean_loss", "temperature_gradient", "bias_gradient"), (P,)),
+    }
+    results = {name: torch.empty(shape, dtype=dtype, device=sets[0].device) for name, shape in sizes.items()}
+    query_set, key_set = _row_sets(sets, alone)
+    _launch(
+        "fused_loss",
+        results["rows"],
+        operands,
+        query=query_set,
+        key=key_set,
+        D=D,
+        feature_type=FEATURE_TYPES.get(sets[0].dtype, 0),
+        form=FORMS.index(problem.form),
+        normalize=problem.normalize,
+        row_gradient=_address(row_gradient),
+        write_slopes=wants_slopes,
+        # A number is handed over as such; copying it to the device would wait.
+        **{f"{name}_value": _number(x, there[name]) for name, x in numbers.items()},
+        **{name: _address(x if x.numel() else None) for name, x in results.items()},
+    )
+    return RowResults(*results["rows"].unbind()), Gradients(
+        None,
+        None,
+        results["temperature_gradient"] if wanted.temperature else None,
+        results["bias_gradient"] if wanted.bias else None,
+        PairSlopes(results["slopes"], results["along"]) if wants_slopes else None,
+        Totals(results["total_loss"], results["total_weight"], results["mean_loss"]),
+    )
+
+
+def _number(scalar: Tensor | None, on_device: Tensor | None) -> float:
+    return 0.0 if scalar is None or on_device is not None else float(scalar)
+
+
+def _fused_gradients(
+    query: Tensor,
+    key: Tensor | None,
+    slopes: PairSlopes,
+    scale: Tensor | None,
+    self_contrast: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of queries and keys in their own dtype from one launch."""
+    sets = [x.contiguous() for x in (query, key) if x is not None]
+    gradients = [torch.empty_like(x) if w else None for x, w in zip(sets, wanted, strict=False)]
+    query_set, key_set = _row_sets(sets, self_contrast)
+    query_gradient, key_gradient = _row_sets(sets, self_contrast, gradients)
+    _launch(
+        "fused_gradients",
+        slopes.slopes,
+        P=query.shape[0],
+        D=query.shape[2],
+        query=query_set,
+        key=key_set,
+        query_gradient=query_gradient,
+        key_gradient=key_gradient,
+        feature_type=FEATURE_TYPES.get(query.dtype, 0),
+        self_contrast=self_contrast,
+        slopes=slopes.slopes.data_ptr(),
+        along=_address(slopes.along if slopes.along.numel() else None),
+        scale=_address(scale),
+    )
+    return gradients[0], gradients[1] if key is not None else None
+
+
+def _row_sets(
+    sets: list[Tensor], self_contrast: bool, gradients: Sequence[Tensor | None] | None = None
+) -> tuple[Any, Any]:
+    """The queries and the keys, or the `gradients` of them in their place: of a set against itself all rows as both."""
+    addresses = [_address(x) for x in (sets if gradients is None else gradients)]
+    rows = [x.shape[1] for x in sets]
+    if self_contrast:
+        whole = _native.RowSet(first=addresses[0], second=addresses[-1], split=rows[0], rows=sum(rows))
+        return whole, whole
+    query, key = (_native.RowSet(first=a, second=a, split=r, rows=r) for a, r in zip(addresses, rows, strict=True))
+    return query, key
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
@@ -471,7 +609,7 @@ def _suffix(dtype: torch.dtype) -> str:
     return "f64" if dtype == torch.float64 else "f32"
 
 
-def _launch(kernel: str, like: Tensor, *operands: Any, **arguments: int | bool) -> None:
+def _launch(kernel: str, like: Tensor, *operands: Any, **arguments: Any) -> None:
     """Runs a compiled kernel where `like` lives; on a GPU it is queued on the current stream."""
     suffix = _suffix(like.dtype)
     if like.device.type == "cuda":

@@ -110,6 +110,17 @@ class PairSlopes(NamedTuple):
     """Multiple of each row's own features to be taken off: [P, N + M], or [P, N] where the keys are the queries."""
 
 
+class Totals(NamedTuple):
+    """Over the rows of each problem, all [P] in the accumulation dtype."""
+
+    loss: Tensor
+    """Sum of weight times loss."""
+    weight: Tensor
+    """Sum of the weights of valid rows; 1 where there is none."""
+    mean: Tensor
+    """loss / weight."""
+
+
 class Gradients(NamedTuple):
     """Gradients of `sum_i row_gradient_i * loss_i` in the accumulation dtype; None where not asked for."""
 
@@ -119,6 +130,8 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [P]
     slopes: PairSlopes | None = None
     """Instead of the gradients of queries and keys, where forming them is better left to the backward pass."""
+    totals: Totals | None = None
+    """The sum itself, from a backend that has it at hand in the forward pass; else it follows from the RowResults."""
 
 
 class Anchors(NamedTuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
+import cuda_shim
 import pytest
 import torch
+from cuda_shim import CudaShim
 
 # Compiled graphs are kept on disk by what calls our operators, not by what our operators call in their backward pass.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
@@ -27,3 +30,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def compiled_shim(tmp_path_factory: pytest.TempPathFactory) -> CudaShim:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing: the CUDA kernels cannot be compiled for the CPU")
+    return cuda_shim.build(tmp_path_factory.mktemp("cuda_shim"))
+
+
+@pytest.fixture
+def shim(compiled_shim: CudaShim) -> Iterator[CudaShim]:
+    """The CUDA kernels on the CPU."""
+    yield compiled_shim
+    compiled_shim.configure()

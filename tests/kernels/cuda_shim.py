@@ -40,6 +40,53 @@ class RowBlock(ctypes.Structure):
     )
 
 
+class RowSet(ctypes.Structure):
+    """`seer::RowSet`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("first", "second")),
+        *((name, ctypes.c_int64) for name in ("split", "rows")),
+    )
+
+
+def _fused_loss(number: type[ctypes.c_float] | type[ctypes.c_double]) -> type[ctypes.Structure]:
+    """`seer::FusedLoss` for a C type of numbers, whose fields are also the arguments of the compiled kernel."""
+
+    class FusedLoss(ctypes.Structure):
+        _fields_ = (
+            ("operands", Operands),
+            ("query", RowSet),
+            ("key", RowSet),
+            ("D", ctypes.c_int64),
+            ("feature_type", ctypes.c_int),
+            ("form", ctypes.c_int),
+            ("normalize", ctypes.c_bool),
+            ("temperature_value", number),
+            ("bias_value", number),
+            *((name, ctypes.c_void_p) for name in ("row_gradient", "scratch", "rows", "slopes", "along")),
+            *((name, ctypes.c_void_p) for name in ("total_loss", "total_weight", "mean_loss")),
+            *((name, ctypes.c_void_p) for name in ("temperature_gradient", "bias_gradient")),
+            ("write_slopes", ctypes.c_bool),
+        )
+
+    return FusedLoss
+
+
+FUSED_LOSS = {"f32": _fused_loss(ctypes.c_float), "f64": _fused_loss(ctypes.c_double)}
+
+
+class FusedGradients(ctypes.Structure):
+    """`seer::FusedGradients`, likewise."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("P", "D")),
+        *((name, RowSet) for name in ("query", "key", "query_gradient", "key_gradient")),
+        ("feature_type", ctypes.c_int),
+        ("self_contrast", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("slopes", "along", "scale")),
+    )
+
+
 class CudaShim:
     """Has the CPU kernels' functions of `seer_kernels._native`, and runs the CUDA kernels in them."""
 
@@ -47,9 +94,11 @@ class CudaShim:
         self._library = ctypes.CDLL(str(library))
         self.calls = 0
         for suffix in ("f32", "f64"):
-            for name in ("contrastive_rows", "project_rows"):
+            for name in ("contrastive_rows", "project_rows", "fused_loss", "fused_gradients"):
                 getattr(self._library, f"{name}_{suffix}").restype = ctypes.c_char_p
+        self._library.fused_scratch.restype = ctypes.c_char_p
         self._library.copied_bytes.restype = ctypes.c_int64
+        self._library.launches.restype = ctypes.c_int64
         self.configure()
 
     def configure(
@@ -58,16 +107,29 @@ class CudaShim:
         *,
         barriers: bool = True,
         wait_for_copies: bool = True,
+        releases: bool = True,
+        acquires: bool = True,
+        zeros: bool = True,
+        atomics: bool = True,
+        missing_barrier: int = 0,
         shared_bytes: int = H100_SHARED_BYTES,
     ) -> None:
-        """Starts a sequence of random schedules; without barriers or waits the kernels are broken on purpose."""
+        """Starts a sequence of random schedules; what is switched off breaks the kernels on purpose (see `State`)."""
+        works = (barriers, wait_for_copies, releases, acquires, zeros, atomics)
         self._library.configure(
-            ctypes.c_uint(seed), ctypes.c_bool(barriers), ctypes.c_bool(wait_for_copies), ctypes.c_int(shared_bytes)
+            ctypes.c_uint(seed),
+            (ctypes.c_bool * len(works))(*works),
+            ctypes.c_int(missing_barrier),
+            ctypes.c_int(shared_bytes),
         )
 
     def copied_bytes(self) -> int:
         """Bytes copied to shared memory since configure()."""
         return int(self._library.copied_bytes())
+
+    def launches(self) -> int:
+        """Kernels launched since configure()."""
+        return int(self._library.launches())
 
     def _contrastive_rows(self, suffix: str, operands: Operands, *, threads: int = 1, **arguments: int | bool) -> None:
         assert arguments.keys() | {"operands"} == {name for name, *_ in RowBlock._fields_}
@@ -86,7 +148,39 @@ class CudaShim:
         if error is not None:
             raise RuntimeError(error.decode())
 
+    def _fused_loss(self, suffix: str, operands: Operands, *, threads: int = 1, **arguments: Any) -> None:
+        structure = FUSED_LOSS[suffix]
+        assert arguments.keys() | {"operands"} == {name for name, *_ in structure._fields_}
+        self._check(
+            getattr(self._library, f"fused_loss_{suffix}")(ctypes.byref(structure(operands=operands, **arguments)))
+        )
+
+    def _fused_gradients(self, suffix: str, *, threads: int = 1, **arguments: Any) -> None:
+        assert arguments.keys() == {name for name, *_ in FusedGradients._fields_}
+        self._check(getattr(self._library, f"fused_gradients_{suffix}")(ctypes.byref(FusedGradients(**arguments))))
+
     Operands_f32 = Operands_f64 = Operands
+    RowSet = RowSet
+
+    def fused_scratch(self, *, P: int, N: int, M: int, D: int, self_contrast: bool) -> int:
+        values = ctypes.c_int64()
+        sizes = (ctypes.c_int64(size) for size in (P, N, M, D))
+        error = self._library.fused_scratch(*sizes, ctypes.c_bool(self_contrast), ctypes.byref(values))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return values.value
+
+    def fused_loss_f32(self, operands: Operands, **arguments: Any) -> None:
+        self._fused_loss("f32", operands, **arguments)
+
+    def fused_loss_f64(self, operands: Operands, **arguments: Any) -> None:
+        self._fused_loss("f64", operands, **arguments)
+
+    def fused_gradients_f32(self, **arguments: Any) -> None:
+        self._fused_gradients("f32", **arguments)
+
+    def fused_gradients_f64(self, **arguments: Any) -> None:
+        self._fused_gradients("f64", **arguments)
 
     def contrastive_rows_f32(self, operands: Operands, **arguments: Any) -> None:
         self._contrastive_rows("f32", operands, **arguments)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from oracle import assert_as_exact_as_plain_torch, plain_torch, value_and_gradients
+from oracle import BIAS, LOSSES, assert_as_exact_as_plain_torch, call, plain_torch, value_and_gradients
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from seer_kernels import info_nce
 from seer_kernels.contrastive import native
@@ -19,6 +22,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 DEVICE = "cuda"
 SHAPES = [(1, 1, 1, 1), (2, 6, 37, 5), (1, 64, 64, 32), (3, 33, 1030, 16), (1, 4, 40000, 8)]
 """Problems, queries, keys, features: a warp per row, a block per row, more than shared memory holds."""
+
+SMALL = [(1, 1, 1, 1), (2, 6, 11, 5), (3, 32, 32, 4096), (2, 40, 70, 260), (1, 256, 256, 129), (500, 8, 9, 64)]
+"""One launch each way: one block, no whole packs, many slices, several tiles, the most of them, many problems."""
+
+EITHER_PATH = pytest.mark.parametrize("shape", [(2, 40, 1500, 16), (2, 40, 70, 260)], ids=["library", "fused"])
 
 
 def on_device(*tensors: Tensor, device: str = DEVICE, **options: Any) -> Tensor:
@@ -70,9 +78,99 @@ def test_cuda_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = native._native
     monkeypatch.setattr(native, "_native", Spy())
-    inputs, _ = make(1, 8, 8, 4, torch.float32, weighted=False)
+    inputs, _ = make(1, 8, 300, 4, torch.float32, weighted=False)
     value_and_gradients(on_device, inputs)
     assert called == ["Operands_f32", "contrastive_rows_cuda_f32", "project_rows_cuda_f32", "project_rows_cuda_f32"]
+    called.clear()
+    value_and_gradients(on_device, [x[:, :8] for x in inputs])
+    assert [name for name in called if "cuda" in name] == ["fused_loss_cuda_f32", "fused_gradients_cuda_f32"]
+
+
+def any_on_device(name: str, *tensors: Tensor, **options: Any) -> Tensor:
+    """A loss in LOSSES by the native backend on a GPU, of tensors on the CPU; the result is on the CPU, too."""
+    moved = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in options.items()}
+    return call(name, *(t.to(DEVICE) for t in tensors), backend="native", **moved).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_small_problems_of_every_loss(name: str, dtype: torch.dtype) -> None:
+    for which, shape in enumerate(SMALL):
+        inputs, options = make(*shape, dtype, weighted=which % 2 == 1)
+        options["same_label"] = SAME_LABEL[which % 3]
+        assert_as_exact_as_plain_torch(partial(any_on_device, name), partial(plain_torch, name), inputs, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_small_problems_against_the_reference(name: str, reduction: str) -> None:
+    """All gradients, those of temperature and bias included, in fp64."""
+    inputs, options = make(2, 40, 70, 260, torch.float64, weighted=True)
+    inputs.append(torch.tensor(0.3, dtype=torch.float64))
+    inputs += [torch.tensor(BIAS, dtype=torch.float64)] * (name == "siglip")
+    options |= {"reduction": reduction, "same_label": "ignore"}
+    actual = value_and_gradients(partial(any_on_device, name), inputs, **options)
+    exact = value_and_gradients(partial(call, name, backend="reference"), inputs, **options)
+    for got, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-11)
+
+
+def test_small_problems_are_the_same_bit_for_bit() -> None:
+    inputs, options = make(3, 64, 64, 2048, torch.float32, weighted=False)
+    first, *others = (value_and_gradients(partial(any_on_device, "symmetric"), inputs, **options) for _ in range(20))
+    for other in others:
+        for got, true in zip(other, first, strict=True):
+            torch.testing.assert_close(got, true, rtol=0, atol=0)
+
+
+def kernels_of(run: Callable[[], object]) -> list[str]:
+    """Names of the kernels that `run` launches."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return [event.name for event in events if not event.name.startswith(("Mem", "cuda"))]
+
+
+def test_small_problems_are_one_launch_each_way() -> None:
+    torch.use_deterministic_algorithms(False)  # which fills fresh memory
+    (query, key), _ = make(3, 32, 32, 4096, torch.float32, weighted=False)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (query, key)]
+    upstream = torch.ones(3, device=DEVICE)
+    losses = [info_nce(*leaves, backend="native")]  # warm
+    forward = kernels_of(lambda: losses.append(info_nce(*leaves, backend="native")))
+    assert len(forward) == 1, forward
+    assert "fused_loss_kernel" in forward[0]
+    backward = kernels_of(lambda: torch.autograd.grad(losses[-1], leaves, upstream))
+    assert sum("fused_gradients_kernel" in name for name in backward) == 1, backward
+    assert len(backward) <= 2, backward  # the other divides what arrives by the rows
+
+
+def test_small_problems_on_concurrent_streams() -> None:
+    """Launches that overlap share no memory: eager ones, and replays of graphs captured on one stream."""
+    cases = [make(1, 40, 70, 1000 + seed, torch.float32, weighted=False)[0] for seed in range(4)]
+    expected = [info_nce(query.double(), key.double(), backend="reference") for query, key in cases]
+    moved = [[x.to(DEVICE) for x in case] for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    info_nce(*moved[0], backend="native")
+    graphs, captured = [], []
+    for case in moved:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.append(info_nce(*case, backend="native"))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        eager = []
+        for stream, case, graph in zip(streams, moved, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                eager.append(info_nce(*case, backend="native"))
+                graph.replay()
+        torch.cuda.synchronize()
+        for results in (eager, captured):
+            for got, true in zip(results, expected, strict=True):
+                torch.testing.assert_close(got.cpu().double(), true, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -86,9 +184,10 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_current_stream_orders_the_kernels() -> None:
+@EITHER_PATH
+def test_the_current_stream_orders_the_kernels(shape: tuple[int, int, int, int]) -> None:
     """Inputs that arrive late on a side stream: a kernel on any other stream would read NaN."""
-    (query, key), _ = make(1, 64, 3000, 16, torch.float32, weighted=False)
+    (query, key), _ = make(*shape, torch.float32, weighted=False)
     expected = value_and_gradients(on_device, [query, key])
     late = [torch.full_like(x, torch.nan, device=DEVICE).requires_grad_() for x in (query, key)]
     sources = [x.to(DEVICE) for x in (query, key)]
@@ -104,9 +203,10 @@ def test_the_current_stream_orders_the_kernels() -> None:
         torch.testing.assert_close(got.cpu(), true, rtol=1e-5, atol=1e-7)
 
 
-def test_a_graph_captures_forward_and_backward() -> None:
+@EITHER_PATH
+def test_a_graph_captures_forward_and_backward(shape: tuple[int, int, int, int]) -> None:
     """Replays follow new features, weights and a new temperature: the kernels read them on the device."""
-    (query, key), options = make(2, 40, 1500, 16, torch.float32, weighted=True)
+    (query, key), options = make(*shape, torch.float32, weighted=True)
     inputs = [query, key, torch.tensor(0.3)]
     static = [x.to(DEVICE).requires_grad_() for x in inputs]
     static_options = {name: value.to(DEVICE) for name, value in options.items()}
@@ -137,10 +237,11 @@ def test_a_graph_captures_forward_and_backward() -> None:
             torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-7)
 
 
-def test_tensors_on_another_device_than_the_current_one() -> None:
+@EITHER_PATH
+def test_tensors_on_another_device_than_the_current_one(shape: tuple[int, int, int, int]) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    inputs, options = make(2, 9, 2000, 16, torch.float32, weighted=True)
+    inputs, options = make(*shape, torch.float32, weighted=True)
     expected = value_and_gradients(on_device, inputs, same_label="ignore", **options)
     with torch.cuda.device(0):
         actual = value_and_gradients(on_device, inputs, device="cuda:1", same_label="ignore", **options)

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from seer_kernels import _dispatch, _native
+from seer_kernels import _dispatch, _native, info_nce
+from seer_kernels.contrastive import native
+from seer_kernels.contrastive.problem import PairSlopes
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -44,7 +47,7 @@ def test_nothing_spills(source: str, target: str, tmp_path: Path) -> None:
     report = re.findall(r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill", result.stderr)
     kernels = set(re.findall(r"SEER_KERNEL\S* (\w+)\(", (ROOT / source).read_text()))
     assert kernels
-    # Each for fp32 and fp64, each with packs and without.
+    # Each for fp32 and fp64, each with packs and without; or each for four dtypes.
     assert len(report) == 4 * len(kernels), result.stderr
     assert all(any(kernel in name for kernel in kernels) for name, *_ in report)
     spilling = {name: (frame, spilled) for name, frame, spilled in report if (frame, spilled) != ("0", "0")}
@@ -98,6 +101,27 @@ def test_a_refused_launch_says_why() -> None:
     arguments = {"gradient": 16, "x": 16, "inverse_norm": 16, "rows": 1, "D": 4, "stream": 0}
     with pytest.raises(RuntimeError, match=r"project_rows on cuda:999 failed: .* \(cudaError\w+\)"):
         _native.project_rows_cuda_f32(**arguments, device=999)
+
+
+@built_with_cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_refused_launches_of_small_problems_say_why(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python hands over is what the compiled functions take."""
+
+    def launch(kernel: str, like: Tensor, *operands: Any, **arguments: Any) -> None:
+        suffix = "f64" if like.dtype == torch.float64 else "f32"
+        getattr(_native, f"{kernel}_cuda_{suffix}")(*operands, **arguments, device=999, stream=0)
+
+    monkeypatch.setattr(native, "_launch", launch)
+    monkeypatch.setattr(native, "_fuses", lambda device: True)
+    x = torch.ones(1, 3, 4, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"fused_loss on cuda:999 failed: .* \(cudaError\w+\)"):
+        info_nce(x, x, backend="native")
+    slopes = PairSlopes(torch.ones(1, 3, 3), torch.ones(1, 6))
+    if dtype == torch.float64:
+        slopes = PairSlopes(*(values.double() for values in slopes))
+    with pytest.raises(RuntimeError, match=r"fused_gradients on cuda:999 failed: .* \(cudaError\w+\)"):
+        native.gradients_from_slopes(x, x, slopes, None, False, (True, True))
 
 
 @built_with_cuda

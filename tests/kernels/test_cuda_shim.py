@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -32,22 +31,6 @@ PLANES = (
 )
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 CANARY = 12345.0
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> CudaShim:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is missing: the CUDA kernels cannot be compiled for the CPU")
-    return cuda_shim.build(tmp_path_factory.mktemp("cuda_shim"))
-
-
-@pytest.fixture
-def shim(compiled: CudaShim) -> Iterator[CudaShim]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on tensors this small, more only wait for each other
-    yield compiled
-    torch.set_num_threads(threads)
-    compiled.configure()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@
 // the lanes of a warp arrive in any order. What a missing barrier lets happen then does happen. Shared memory starts as
 // NaN. Misaligned accesses, lanes that meet in different shuffles, writes and copies past shared memory and threads that
 // wait for ever are errors.
+//
+// Blocks start in any order. A few are on the GPU at a time and change places at random where they draw tickets or meet
+// barriers; the others wait until one has ended, so a block that waits for a later one waits for ever. What a thread
+// publishes stays with it until its own fence; without one it reaches memory when all blocks have ended. To a thread
+// that has not fenced since, itself or before a barrier of its block, what another block has published reads as NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -18,6 +23,8 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #define SEER_KERNEL(blocks_per_multiprocessor) void
@@ -32,20 +39,50 @@ struct State {
   std::mt19937 random;
   bool barriers = true;         // false: barrier() does nothing, to see that the tests notice
   bool wait_for_copies = true;  // false: wait_for_copies() does nothing, likewise
+  bool releases = true;         // false: fence() leaves what is published with the thread
+  bool acquires = true;         // false: fence() makes nothing of other blocks visible
+  bool zeros = true;            // false: queue_zeros() does nothing
+  bool atomics = true;          // false: draw_ticket() reads and writes in two steps
+  int missing_barrier = 0;      // which of a thread's barriers, counted from 1, does nothing
   int shared_bytes = 0;         // what a block may use
   int64_t copied_bytes = 0;     // asked of copy_async() so far
+  int64_t launches = 0;
 };
 inline State state;
 
 inline int draw(int count) { return int(state.random() % unsigned(count)); }
 
+constexpr int kResident = 3;  // blocks on the GPU at a time
+
 // The memory of a fiber's stack, kept from block to block.
 constexpr size_t kStackBytes = 64 << 10;
-inline char* stack(int thread) {
-  static std::vector<std::unique_ptr<char[]>> stacks(kMaxThreads);
-  if (!stacks[thread]) stacks[thread] = std::make_unique<char[]>(kStackBytes);
-  return stacks[thread].get();
+inline char* stack(int slot, int thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks(kResident * kMaxThreads);
+  auto& memory = stacks[slot * kMaxThreads + thread];
+  if (!memory) memory = std::make_unique<char[]>(kStackBytes);
+  return memory.get();
 }
+
+// Something published.
+struct Store {
+  void* address;
+  uint64_t bits;
+  size_t bytes;
+
+  void write() const { std::memcpy(address, &bits, bytes); }
+};
+
+// What the blocks of a launch have published.
+struct Published {
+  struct Place {
+    uint64_t when;
+    unsigned block;
+  };
+  std::unordered_map<const void*, Place> places;  // of all that has been fenced
+  std::vector<Store> late;                        // by threads that ended without a fence
+  uint64_t now = 0;                               // counts the fences
+};
+inline Published published;
 
 class Block;
 inline Block* block = nullptr;  // the one that runs
@@ -53,10 +90,12 @@ inline Block* block = nullptr;  // the one that runs
 class Block {
  public:
   const unsigned index;
+  const int slot;  // among those on the GPU
   const int teams, team_threads;
 
-  Block(unsigned index, int teams, int team_threads, int shared_bytes, std::function<void()> body)
+  Block(unsigned index, int slot, int teams, int team_threads, int shared_bytes, std::function<void()> body)
       : index(index),
+        slot(slot),
         teams(teams),
         team_threads(team_threads),
         body_(std::move(body)),
@@ -66,26 +105,65 @@ class Block {
         leader_(draw(int(warps_.size()))),
         laggard_(draw(int(warps_.size()))) {
     dynamic_ = allocate(nullptr, shared_bytes);
+    for (size_t t = 0; t < fibers_.size(); ++t) prepare(fibers_[t].context, stack(slot, int(t)));
+    running_ = pick();
   }
 
-  void run() {
+  // Runs until the block pauses or ends; whether it has ended.
+  bool run() {
     block = this;
-    for (size_t t = 0; t < fibers_.size(); ++t) prepare(fibers_[t].context, stack(int(t)));
-    running_ = pick();
     swapcontext(&outside_, &fibers_[running_].context);
     block = nullptr;
     if (error_) std::rethrow_exception(error_);
+    if (live_ > 0) return false;
     for (const Region& region : regions_) {
       for (int i = 0; i < kGuard; ++i) {
         if (region.memory[region.bytes + i] != kFill) throw std::runtime_error("shared memory was written past its end");
       }
     }
+    return true;
+  }
+
+  // Lets other blocks run, in one of `odds` cases.
+  void pause(int odds) {
+    if (draw(odds) == 0) swapcontext(&fibers_[running_].context, &outside_);
+  }
+
+  void publish(Store store) { fibers_[running_].stores.push_back(store); }
+
+  // The bits at `address`, as the running thread sees them.
+  uint64_t read_published(const void* address, size_t bytes) const {
+    const Fiber& fiber = fibers_[running_];
+    for (auto store = fiber.stores.rbegin(); store != fiber.stores.rend(); ++store) {
+      if (store->address == address) return store->bits;
+    }
+    const auto found = published.places.find(address);
+    if (found != published.places.end() && found->second.block != index && found->second.when > fiber.acquired) {
+      return ~uint64_t(0);
+    }
+    uint64_t bits = 0;
+    std::memcpy(&bits, address, bytes);
+    return bits;
+  }
+
+  void fence() {
+    Fiber& fiber = fibers_[running_];
+    ++published.now;
+    if (state.releases) {
+      for (const Store& store : fiber.stores) {
+        store.write();
+        published.places[store.address] = {published.now, index};
+      }
+      fiber.stores.clear();
+    }
+    if (state.acquires) fiber.acquired = published.now;
   }
 
   int thread() const { return running_; }
 
   void barrier() {
-    if (!state.barriers) return;
+    pause(64);
+    if (!state.barriers || ++fibers_[running_].barriers == state.missing_barrier) return;
     ++at_barrier_;
     wait(Waiting::kBarrier);
   }
@@ -154,6 +232,9 @@ class Block {
     ucontext_t context;
     Waiting waiting = Waiting::kNothing;
     std::vector<Copy> copies;
+    std::vector<Store> stores;  // published, and not fenced yet
+    int barriers = 0;           // seen so far
+    uint64_t acquired = 0;      // what other blocks fenced until then is visible
   };
   struct Warp {
     uint32_t ready = ~0u;  // lanes that can run
@@ -185,6 +266,8 @@ class Block {
   void live_through() {
     try {
       body_();
+      auto& stores = fibers_[running_].stores;
+      published.late.insert(published.late.end(), stores.begin(), stores.end());
       --live_;
       suspend(Waiting::kEnded);
       if (live_ > 0) running_ = pick();
@@ -216,9 +299,12 @@ class Block {
   void pass_barrier() {
     if (at_barrier_ == 0 || at_barrier_ < live_) return;
     at_barrier_ = 0;
+    uint64_t acquired = 0;
+    for (const Fiber& fiber : fibers_) acquired = std::max(acquired, fiber.acquired);
     for (size_t t = 0; t < fibers_.size(); ++t) {
       if (fibers_[t].waiting != Waiting::kBarrier) continue;
       fibers_[t].waiting = Waiting::kNothing;
+      fibers_[t].acquired = acquired;
       warps_[t / kWarp].ready |= 1u << t % kWarp;
     }
   }
@@ -316,6 +402,69 @@ inline void copy_async(T* shared, const T* array, int index) {
 
 inline void wait_for_copies() { shim::block->copy_now(); }
 
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(Bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+inline float widen(Half value) {
+  _Float16 half;
+  std::memcpy(&half, &value, sizeof(half));
+  return float(half);
+}
+
+template <class F, class T>
+inline F narrowed(T value) {
+  if constexpr (std::is_same_v<F, Bfloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (value != value) return {0x7fff};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to the nearest, ties to even
+  } else if constexpr (std::is_same_v<F, Half>) {
+    const _Float16 half = _Float16(value);
+    Half narrow;
+    std::memcpy(&narrow, &half, sizeof(half));
+    return narrow;
+  } else {
+    return value;
+  }
+}
+
+template <class T>
+inline void publish(T* address, T value) {
+  shim::check_aligned<T>(address);
+  shim::Store store{address, 0, sizeof(T)};
+  std::memcpy(&store.bits, &value, sizeof(T));
+  shim::block->publish(store);
+}
+
+template <class T>
+inline T read_published(const T* address) {
+  shim::check_aligned<T>(address);
+  const uint64_t bits = shim::block->read_published(address, sizeof(T));
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline void fence() { shim::block->fence(); }
+
+inline int draw_ticket(int* ticket) {
+  shim::block->pause(2);
+  const int drawn = *ticket;
+  if (!shim::state.atomics) shim::block->pause(1);
+  *ticket = drawn + 1;
+  shim::block->pause(2);
+  return drawn;
+}
+
+inline void queue_zeros(const char*, Place, void* memory, int64_t bytes) {
+  if (shim::state.zeros) std::memset(memory, 0, size_t(bytes));
+}
+
 inline int shared_memory_of_half_a_multiprocessor(const char*, Place) { return shim::state.shared_bytes; }
 
 template <class... Parameters, class... Arguments>
@@ -325,12 +474,25 @@ void launch(const char*, void (*kernel)(Parameters...), Place, int64_t blocks, i
     throw std::runtime_error("impossible launch: " + std::to_string(blocks) + " blocks of " + std::to_string(teams) +
                              " x " + std::to_string(threads) + " threads");
   }
+  ++shim::state.launches;
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), shim::state.random);
-  for (const unsigned index : order) {
-    shim::Block(index, teams, threads, shared_bytes, [&] { kernel(arguments...); }).run();
+  shim::published = {};
+  std::unique_ptr<shim::Block> resident[shim::kResident];
+  for (size_t next = 0, ended = 0; ended < order.size();) {
+    const int slot = shim::draw(shim::kResident);
+    if (!resident[slot]) {
+      if (next == order.size()) continue;
+      resident[slot] = std::make_unique<shim::Block>(order[next++], slot, teams, threads, shared_bytes,
+                                                     [&] { kernel(arguments...); });
+    }
+    if (resident[slot]->run()) {
+      resident[slot].reset();
+      ++ended;
+    }
   }
+  for (const shim::Store& store : shim::published.late) store.write();
 }
 
 }  // namespace seer::cuda
