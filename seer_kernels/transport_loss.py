@@ -96,8 +96,8 @@ def ot_contrastive(
     leading, (n, m) = query.shape[:-2], (query.shape[-2], key.shape[-2])
     if query_labels is None and m > n:
         raise ValueError(
-            f"key must have {n} rows like query unless there are labels (a plan gives every key its share, and a key "
-            f"without a query has none); got {m}"
+            f"key must have {n} rows like query unless there are labels (a key that no query pairs with has no share "
+            f"in a plan); got {m}"
         )
     _checks.check_choice("reduction", reduction, REDUCTIONS)
     _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
@@ -111,19 +111,20 @@ def ot_contrastive(
         _checks.check_temperature_value(temperature)
         temperature = torch.tensor(temperature, dtype=accumulation_dtype(query.dtype))
     if weights is not None:
-        weights = _checks.check_weights(weights, leading, n, query.device).reshape(-1, n)
-    lacks = {"triton": "it has no optimal transport", "native": NO_FIXED_NUMBER if tolerance is None else ""}
-    _dispatch.choose(backend, query.device, query.dtype, lacks)
+        weights = _checks.check_weights(weights, leading, n, query.device).reshape(leading.numel(), n)
 
-    query, key = query.reshape(-1, n, query.shape[-1]), key.reshape(-1, m, key.shape[-1])
+    problems = leading.numel()
+    query, key = query.reshape(problems, *query.shape[-2:]), key.reshape(problems, *key.shape[-2:])
     with torch.autocast(query.device.type, enabled=False):
         target, weight = _target(
             query.detach(),
             key.detach(),
             temperature.detach(),
-            None if query_labels is None else query_labels.reshape(-1, n),
-            None if key_labels is None else key_labels.reshape(-1, m),
+            None if query_labels is None else query_labels.reshape(problems, n),
+            None if key_labels is None else key_labels.reshape(problems, m),
             weights,
+            backend,
+            tolerance is None,
             validate,
         )
         cost = _cost(query, key, normalize, backend) / temperature.to(target.dtype)
@@ -227,9 +228,14 @@ def _target_kernel(
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    backend: str,
+    fixed_number: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
+    lacks = {"triton": "it has no optimal transport", "native": NO_FIXED_NUMBER if fixed_number else ""}
+    if backend != "auto":
+        _dispatch.choose(backend, query.device, query.dtype, lacks)
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
     weight = query.new_ones(p, n, dtype=dtype) if weights is None else weights.to(dtype, copy=True)
@@ -249,6 +255,8 @@ def _target_fake(
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     weights: Tensor | None,
+    backend: str,
+    fixed_number: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
