@@ -45,12 +45,13 @@ def ot_contrastive(
     found by normalising its rows to a and its columns to b in turn, from v = 1 on (Sinkhorn). The target is
     T_ij = a_i / |P_i| over the positives P_i of query i; a is the weights over their sum, b the columns' sums of T. So
 
-        loss_i = 1 / |P_i| sum_{j in P_i} log(1 / |P_i|) - log(P_ij / a_i)
+        loss_i = -log |P_i| - 1 / |P_i| sum_{j in P_i} log(P_ij / a_i)
 
     After one normalisation of the rows this is `info_nce` (with labels: with `same_label="positive"`, less
     log |P_i|). Every further iteration first makes the queries compete for the keys. At convergence it is the loss of
-    inverse optimal transport (Shi et al. 2023, ICML; Chen et al. 2025, arXiv 2502.20141). Relaxed marginals (`tau`) let
-    a plan leave out pairs that do not fit, for noisy pairs; the divergence is then sum T log(T / P) - T + P.
+    inverse optimal transport (Shi et al. 2023, ICML; Chen et al. 2025, arXiv 2502.20141). Relaxed marginals (`tau`),
+    which the latter proposes for noisy pairs, let a plan give a row or column more or less than its share; the
+    divergence is then sum T log(T / P) - T + P.
 
     Args:
         query: (..., N, D) in float64, float32, bfloat16 or float16. Leading dimensions are independent problems.
