@@ -5,7 +5,7 @@ from seer_kernels._dispatch import BackendStatus, backends
 from seer_kernels.contrastive import ContrastiveStatistics, info_nce, nt_xent, siglip, sup_con
 from seer_kernels.grad_cache import cached_backward
 from seer_kernels.memory_bank import MemoryBank
-from seer_kernels.modules import InfoNCELoss, NTXentLoss, SigLipLoss, SinkhornDivergence, SupConLoss
+from seer_kernels.modules import InfoNCELoss, NTXentLoss, OTContrastiveLoss, SigLipLoss, SinkhornDivergence, SupConLoss
 from seer_kernels.sinkhorn import (
     ConvergenceWarning,
     KVariance,
@@ -15,6 +15,7 @@ from seer_kernels.sinkhorn import (
     sinkhorn_divergence,
     sinkhorn_from_cost,
 )
+from seer_kernels.transport_loss import ot_contrastive
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "KVariance",
     "MemoryBank",
     "NTXentLoss",
+    "OTContrastiveLoss",
     "SigLipLoss",
     "SinkhornDivergence",
     "SinkhornResult",
@@ -37,6 +39,7 @@ __all__ = [
     "info_nce",
     "k_variance",
     "nt_xent",
+    "ot_contrastive",
     "siglip",
     "sinkhorn",
     "sinkhorn_divergence",

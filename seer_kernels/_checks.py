@@ -252,6 +252,14 @@ def check_marginal_weight(name: str, value: object) -> None:
         raise ValueError(f"{name} must be positive and finite, or None for a balanced marginal; got {value}")
 
 
+def check_marginal_weights(name: str, value: object) -> None:
+    """`value` must be None or a positive, finite number, for both marginals, or a pair of these."""
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"{name} must be None, a float, or a pair of these for queries and keys; got {value!r}")
+    for one in value if isinstance(value, tuple) else (value,):
+        check_marginal_weight(name, one)
+
+
 def check_count(name: str, value: object, at_least: int) -> None:
     """`value` must be an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):

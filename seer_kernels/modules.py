@@ -13,6 +13,7 @@ from seer_kernels._checks import (
     check_choice,
     check_count,
     check_marginal_weight,
+    check_marginal_weights,
     check_scalar,
     check_temperature_value,
     check_tolerance,
@@ -23,6 +24,7 @@ from seer_kernels.contrastive.functional import REDUCTIONS
 from seer_kernels.contrastive.problem import SAME_LABEL
 from seer_kernels.sinkhorn import sinkhorn_divergence
 from seer_kernels.sinkhorn.problem import COSTS, SCALES
+from seer_kernels.transport_loss import Tau, ot_contrastive
 
 
 class _ContrastiveLoss(nn.Module):
@@ -270,6 +272,64 @@ class SigLipLoss(_ContrastiveLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={float(self.bias):g}, learnable_bias={self.bias.requires_grad}"
+
+
+class OTContrastiveLoss(_ContrastiveLoss):
+    """`seer_kernels.ot_contrastive` with its options fixed: `loss = OTContrastiveLoss(iterations=5)(query, key)`.
+
+    Args:
+        temperature, learnable_temperature, temperature_bounds: as in `InfoNCELoss`.
+        iterations, tolerance, tau, normalize, reduction, backend: as in `ot_contrastive`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        temperature_bounds: tuple[float, float] = (0.01, 1.0),
+        iterations: int = 5,
+        tolerance: float | None = None,
+        tau: Tau = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        check_count("iterations", iterations, 1)
+        if tolerance is not None:
+            check_tolerance(tolerance)
+        check_marginal_weights("tau", tau)
+        super().__init__(
+            temperature,
+            learnable_temperature,
+            temperature_bounds,
+            iterations=iterations,
+            tolerance=tolerance,
+            tau=tau,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        query_labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `query` (..., N, D) against `key` (..., M, D); see `ot_contrastive`."""
+        return ot_contrastive(
+            query,
+            key,
+            temperature=self.temperature,
+            query_labels=query_labels,
+            key_labels=key_labels,
+            weights=weights,
+            **self.options,
+        )
 
 
 class SinkhornDivergence(nn.Module):

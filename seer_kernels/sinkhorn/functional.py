@@ -147,7 +147,7 @@ def sinkhorn(
         x, y = x.unsqueeze(0), y.unsqueeze(0)
     x_lengths = _lengths("x_lengths", x_lengths, x.shape[0], x.shape[1], x.device, batched)
     y_lengths = _lengths("y_lengths", y_lengths, y.shape[0], y.shape[1], y.device, batched)
-    return _solved(
+    return solve_costs(
         cost_matrix(x, y, x_lengths, y_lengths, cost, backend),
         batched,
         f"the {cost} cost of x and y",
@@ -199,7 +199,7 @@ def sinkhorn_from_cost(
     B, n, m = matrix.shape
     x_lengths = _lengths("x_lengths", x_lengths, B, n, matrix.device, batched)
     y_lengths = _lengths("y_lengths", y_lengths, B, m, matrix.device, batched)
-    return _solved(
+    return solve_costs(
         matrix.to(accumulation_dtype(cost.dtype)),
         batched,
         "cost",
@@ -301,7 +301,7 @@ def _lengths(
     return _checks.check_lengths(name, value, batch, device).to(torch.int64)
 
 
-def _solved(
+def solve_costs(
     cost: Tensor,
     batched: bool,
     cost_name: str,
@@ -429,8 +429,8 @@ def _run(backend: Any, problem: Problem) -> Solution:
         warnings.warn(
             f"{int(left.sum())} of {len(left)} transport problems did not converge: after "
             f"{int(solution.iterations[first])} iterations problem {first} has a marginal error of "
-            f"{float(solution.marginal_error[first]):.2g}, tolerance {problem.tolerance:g}. Raise max_iterations, "
-            "eps or tolerance, or use float64",
+            f"{float(solution.marginal_error[first]):.2g}, tolerance {problem.tolerance:g}. Allow more "
+            "iterations, a larger eps or a larger tolerance, or use float64",
             ConvergenceWarning,
             stacklevel=2,
         )
