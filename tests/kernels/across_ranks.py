@@ -35,7 +35,8 @@ PROBLEMS, FEATURES = 2, 4
 def launch(world: int, function: Callable[..., Any], folder: Path, *arguments: Any, timeout: float = 400) -> list[Any]:
     """What `function(*arguments)` returned in each of `world` processes; None where one died."""
     context = multiprocessing.get_context("forkserver")  # which imports torch once for all
-    context.set_forkserver_preload(["pytest", "torch.nn.parallel", "seer_kernels"])
+    # Not seer_kernels: the server would find it in the working directory, not where it is installed.
+    context.set_forkserver_preload(["pytest", "torch.nn.parallel"])
     processes = [
         context.Process(target=_enter, args=(rank, world, function, str(folder), arguments)) for rank in range(world)
     ]
