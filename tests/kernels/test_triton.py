@@ -124,7 +124,7 @@ def test_what_native_cuda_does_not_serve_goes_to_triton(
         with pytest.raises(RuntimeError, match=r"'native' cannot run on cuda:0: .* on CUDA it computes .* 'triton'"):
             functional._backend("native", problem)
         with FakeTensorMode():
-            problem = replace(problem, query=torch.empty_like(x, dtype=torch.float64))
+            problem = replace(problem, query=torch.empty(x.shape, device="cuda", dtype=torch.float64))
         assert functional._backend("auto", problem) is reference
 
 
