@@ -193,7 +193,7 @@ def fits(N: int) -> str | None:
     return f"N × N is {harness.format_bytes(size)}, limit {harness.format_bytes(STORED_LIMIT)}"
 
 
-def make_providers(quick: bool = False) -> dict[str, Provider]:
+def make_providers() -> dict[str, Provider]:
     """All providers by name, in the order of the table."""
 
     def no_native(case: Case) -> str | None:
@@ -279,7 +279,7 @@ BENCHMARK = Benchmark(
     make_case=make_case,
     make_inputs=make_rows,
     input_bytes=lambda size, dtype: size.N * size.D * dtype.itemsize,
-    make_providers=make_providers,
+    make_providers=lambda quick: make_providers(),
     make_figures=make_figures,
     forget=truth.cache_clear,
     measured="forward and backward of the mean loss with respect to the features",

@@ -143,7 +143,8 @@ struct FusedGradients {
 
 namespace cpu {
 
-// products [P, N, M] = query . key; and, unless they are null, 1 / |query| [P, N] and 1 / |key| [P, M], 0 for rows of zeros.
+// products [P, N, M] = query . key; and, unless they are null, 1 / |query| [P, N] and 1 / |key| [P, M], 0 for rows of
+// zeros.
 template <class T>
 void pair_products(const Features<T>& features, T* products, T* query_inverse_norms, T* key_inverse_norms, int threads);
 
@@ -153,8 +154,8 @@ template <class T>
 void components_along(const Features<T>& features, const T* slopes, const T* products, const T* query_inverse_norms,
                       const T* key_inverse_norms, T* along, int threads);
 
-// Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it is
-// not wanted. along [P, along_stride] is null where the features were not normalised.
+// Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it
+// is not wanted. along [P, along_stride] is null where the features were not normalised.
 template <class T>
 void feature_gradients(const Features<T>& features, const T* slopes, const T* along, int64_t along_stride,
                        T* query_gradient, T* key_gradient, int threads);

@@ -229,22 +229,23 @@ void bind_fused(py::module_& m, const std::string& type) {
   m.def(
       ("fused_loss_cuda_" + type).c_str(),
       [](const Operands<T>& operands, RowSet query, RowSet key, int64_t D, int feature_type, int form, bool normalize,
-         T temperature_value, T bias_value, std::uintptr_t row_gradient, std::uintptr_t scratch, std::uintptr_t rows, std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t total_loss,
-         std::uintptr_t total_weight, std::uintptr_t mean_loss, std::uintptr_t temperature_gradient,
-         std::uintptr_t bias_gradient, bool write_slopes, int device, std::uintptr_t stream) {
+         T temperature_value, T bias_value, std::uintptr_t row_gradient, std::uintptr_t scratch, std::uintptr_t rows,
+         std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t total_loss, std::uintptr_t total_weight,
+         std::uintptr_t mean_loss, std::uintptr_t temperature_gradient, std::uintptr_t bias_gradient, bool write_slopes,
+         int device, std::uintptr_t stream) {
         cuda::fused_loss<T>({operands, query, key, D, static_cast<FeatureType>(feature_type), static_cast<Form>(form),
                              normalize, temperature_value, bias_value, pointer<const T>(row_gradient),
                              pointer<T>(scratch), pointer<T>(rows), pointer<T>(slopes), pointer<T>(along),
                              pointer<T>(total_loss), pointer<T>(total_weight), pointer<T>(mean_loss),
-                             pointer<T>(temperature_gradient), pointer<T>(bias_gradient),
-                             write_slopes},
+                             pointer<T>(temperature_gradient), pointer<T>(bias_gradient), write_slopes},
                             device, stream);
       },
       py::arg("operands"), py::kw_only(), py::arg("query"), py::arg("key"), py::arg("D"), py::arg("feature_type"),
       py::arg("form"), py::arg("normalize"), py::arg("temperature_value"), py::arg("bias_value"),
-      py::arg("row_gradient"), py::arg("scratch"), py::arg("rows"), py::arg("slopes"),
-      py::arg("along"), py::arg("total_loss"), py::arg("total_weight"), py::arg("mean_loss"), py::arg("temperature_gradient"), py::arg("bias_gradient"), py::arg("write_slopes"),
-      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      py::arg("row_gradient"), py::arg("scratch"), py::arg("rows"), py::arg("slopes"), py::arg("along"),
+      py::arg("total_loss"), py::arg("total_weight"), py::arg("mean_loss"), py::arg("temperature_gradient"),
+      py::arg("bias_gradient"), py::arg("write_slopes"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       ("fused_gradients_cuda_" + type).c_str(),
       [](int64_t P, int64_t D, RowSet query, RowSet key, RowSet query_gradient, RowSet key_gradient, int feature_type,

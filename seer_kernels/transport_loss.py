@@ -14,7 +14,7 @@ from torch import Tensor
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.contrastive.functional import REDUCTIONS, _check_values, _pair_labels
 from seer_kernels.contrastive.problem import accumulation_dtype
-from seer_kernels.sinkhorn.costs import cost_matrix
+from seer_kernels.sinkhorn.costs import choose_backend, cost_matrix
 from seer_kernels.sinkhorn.functional import solve_costs
 
 Tau: TypeAlias = "float | tuple[float | None, float | None] | None"
@@ -234,9 +234,7 @@ def _target_kernel(
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
-    lacks = {"triton": "it has no optimal transport", "native": NO_FIXED_NUMBER if fixed_number else ""}
-    if backend != "auto":
-        _dispatch.choose(backend, query.device, query.dtype, lacks)
+    choose_backend(backend, query, NO_FIXED_NUMBER if fixed_number else "")
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
     weight = query.new_ones(p, n, dtype=dtype) if weights is None else weights.to(dtype, copy=True)

@@ -14,7 +14,7 @@
 
 namespace seer::cpu {
 
-// What compilers call for a parallel region, which GNU's and Intel's runtime share. Nulls where torch came with neither.
+// What compilers call for a parallel region, which GNU's and Intel's runtime share. Nulls where torch has neither.
 struct OpenMp {
   void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*rank)() = nullptr;

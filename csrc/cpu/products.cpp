@@ -21,7 +21,9 @@ template <class T>
 void pair_products(const Features<T>& f, T* products, T* query_norms, T* key_norms, int threads) {
   constexpr int64_t kRows = baseline::kRowGroup;
   parallel_for(f.P * ((f.N + kRows - 1) / kRows), kRows * f.M * f.D / kProductsPerElement, threads,
-               [&](int64_t begin, int64_t end) { SEER_DISPATCH(pair_products(f, products, query_norms, key_norms, begin, end)); });
+               [&](int64_t begin, int64_t end) {
+                 SEER_DISPATCH(pair_products(f, products, query_norms, key_norms, begin, end));
+               });
 }
 
 template <class T>

@@ -27,8 +27,8 @@ inline void add_dots(const T* a, const T* b, int64_t D, int64_t n, T* products, 
   }
 }
 
-// out[r, 0:W vectors] = sum_j weights[r, j] rows[j, :] - along[r] own[r, :]; rows and own are kFeatureStrip apart, rows of
-// out D. Only the first n columns exist.
+// out[r, 0:W vectors] = sum_j weights[r, j] rows[j, :] - along[r] own[r, :]; rows and own are kFeatureStrip apart,
+// those of out D. Only the first n columns exist.
 template <int R, int W, class T, class Width>
 inline void combine(const T* weights, int64_t row_stride, int64_t column_stride, int64_t count, const T* rows,
                     const T* along, const T* own, T* out, int64_t D, Width n) {
@@ -67,7 +67,7 @@ inline T inverse_norm(const T* x, int64_t D) {
   return square == T(0) ? T(0) : T(1) / std::sqrt(square);
 }
 
-// Groups [begin, end) of kRowGroup queries, counted over the problems; each also sees to an equal share of the keys' norms.
+// Groups [begin, end) of kRowGroup queries, counted over the problems; each also sees to its share of the keys' norms.
 template <class T>
 void pair_products(const Features<T>& f, T* products, T* query_norms, T* key_norms, int64_t begin, int64_t end) {
   constexpr int64_t kFeatures = 4096 / sizeof(T);  // so that the queries of a tile stay in the first-level cache
@@ -95,16 +95,18 @@ void pair_products(const Features<T>& f, T* products, T* query_norms, T* key_nor
   }
 }
 
-// along[r] = sum_j slopes[r, j] products[r, j] / |r|^2 over the columns, for each row.
+// along[r] = sum_j slopes[r, j] products[r, j] / |r|^2 over the columns, for each row. The sum stands against one over
+// the same slopes that it must cancel, so it is kept in double.
 template <class T>
 inline void components_along(const T* slopes, const T* products, int64_t row_stride, int64_t column_stride,
                              int64_t rows, int64_t columns, const T* inverse_norms, T* along) {
   for (int64_t r = 0; r < rows; ++r) {
-    T dot = 0;
+    double dot = 0;
     for (int64_t j = 0; j < columns; ++j) {
-      dot += slopes[r * row_stride + j * column_stride] * products[r * row_stride + j * column_stride];
+      const int64_t at = r * row_stride + j * column_stride;
+      dot += double(slopes[at]) * double(products[at]);
     }
-    along[r] = dot * inverse_norms[r] * inverse_norms[r];
+    along[r] = T(dot * inverse_norms[r] * inverse_norms[r]);
   }
 }
 

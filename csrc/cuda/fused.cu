@@ -16,9 +16,9 @@ namespace {
 // Forward: the products are divided into tiles of kTile x kTile pairs, and the features of a tile into slices, a block
 // each, so that even one problem occupies the GPU. A block leaves its share of the products in memory; the last one to
 // arrive at a tile adds the shares in their fixed order, and the last one to arrive at a problem, then the last of all
-// its tiles, makes losses and slopes of the products. Who is last they learn from tickets, which are zeroed on the stream
-// before every launch: kept between launches they would have to be each stream's and each graph's own. Nobody waits for anybody, so it does not matter which blocks run
-// at the same time.
+// its tiles, makes losses and slopes of the products. Who is last they learn from tickets, which are zeroed on the
+// stream before every launch: kept between launches they would have to be each stream's and each graph's own. Nobody
+// waits for anybody, so it does not matter which blocks run at the same time.
 //
 // Backward: every strip of features is independent of the others.
 constexpr int kTile = 32;

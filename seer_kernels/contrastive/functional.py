@@ -605,19 +605,19 @@ def _contrastive_kernel(
     statistics = _statistics(rows, weights, totals.weight) if return_stats else totals.weight.new_empty(0)
     loss = {"mean": totals.mean, "sum": totals.loss}.get(reduction)
     if loss is None:
-        loss = _row_weights(rows, weights) * rows.loss
+        loss = _loss_weights(rows, weights) * rows.loss
     scale = totals.weight if reduction == "mean" else torch.ones_like(totals.weight)
     for_backward = (scale.new_empty(0) if g is None else g for g in (*formed, *(slopes or (None, None))))
     return (loss, statistics, scale, *for_backward)  # type: ignore[return-value]  # mypy loses the count
 
 
-def _row_weights(rows: RowResults, weights: Tensor | None) -> Tensor:
+def _loss_weights(rows: RowResults, weights: Tensor | None) -> Tensor:
     """The weight of each row's loss, [P, N]."""
     return rows.valid if weights is None else rows.valid * weights.to(rows.valid.dtype)
 
 
 def _totals(rows: RowResults, weights: Tensor | None) -> Totals:
-    weight = _row_weights(rows, weights)
+    weight = _loss_weights(rows, weights)
     loss, total_weight = (weight * rows.loss).sum(-1), weight.sum(-1)
     scale = torch.where(total_weight > 0, total_weight, 1.0)
     return Totals(loss, scale, loss / scale)
@@ -625,7 +625,7 @@ def _totals(rows: RowResults, weights: Tensor | None) -> Totals:
 
 def _statistics(rows: RowResults, weights: Tensor | None, scale: Tensor) -> Tensor:
     """The fields of ContrastiveStatistics, [3, P]; `scale` is the sum of the rows' weights."""
-    weight = _row_weights(rows, weights)
+    weight = _loss_weights(rows, weights)
     negative_weight = (weight * rows.has_negative).sum(-1)
     return torch.stack(
         [

@@ -107,7 +107,8 @@ class PairSlopes(NamedTuple):
     slopes: Tensor
     """d total / d (query . key): [P, N, M]; from both sides where the keys are the queries."""
     along: Tensor
-    """Multiple of each row's own features to be taken off: [P, N + M], or [P, N] where the keys are the queries."""
+    """Multiple of each row's own features to be taken off: [P, N + M], or [P, N] where the keys are the queries; [P, 0]
+    where features are not normalised."""
 
 
 class Totals(NamedTuple):

@@ -153,7 +153,7 @@ def test_every_instruction_set(loss: str, level: int, dtype: torch.dtype, m: int
 @pytest.mark.parametrize("loss", ["info_nce", "symmetric", "siglip", "nt_xent"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_do_not_change_the_result(backend: str, loss: str) -> None:
-    """Enough work for five threads: native kernels start one for every half a million products."""
+    """Enough work for five threads to have some."""
     inputs = features(1, 1200, 2300, 8, torch.float32)
     results = []
     for count in (1, 2, 5):
