@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <new>
+#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -15,7 +16,8 @@
 namespace seer::cpu {
 
 constexpr int kBlockRows = 8;  // rows of the kernel that are multiplied at a time
-constexpr int kSlots = 4;      // numbers that members of a team exchange per iteration
+constexpr int kTurns = 4;      // small problems that a core has in hand at a time
+constexpr int kSlots = 3;      // numbers that members of a team exchange per iteration
 
 // What the work on one problem writes besides its results; rows and columns are padded.
 template <class T>
@@ -26,6 +28,9 @@ struct Workspace {
   T* columns;      // [members, stride]: sums over the rows of each
   int64_t stride;  // columns, and a cache line between members
   double* slots;   // [2, members, kSlots]
+  // of small problems, else null
+  T* transposed;  // [columns, rows]
+  T* scales;      // [rows]
   // for gradients
   T *row_sum, *row_slope, *row_adjoint, *at_f;
   T *column_sum, *diagonal, *column_adjoint, *at_g, *solution, *residual, *direction;
@@ -63,18 +68,24 @@ class Arena {
 template <class T>
 class Space {
  public:
-  Space(int64_t n, int64_t m, int members, bool gradient)
+  // `small`: the kernel's transpose beside it, and rows padded like columns.
+  Space(int64_t n, int64_t m, int members, bool gradient, bool small = false)
       : rows_(padded(padded(n, kBlockRows), kLineOf<T>)),
         columns_(padded(m, kLineOf<T>)),
+        kernel_((small ? rows_ : padded(n, kBlockRows)) * columns_),
         slots_(2 * kSlots * members),
-        arena_(padded(n, kBlockRows) * columns_ + (gradient ? 7 : 3) * rows_ + (gradient ? 14 : 7) * columns_ +
+        arena_((small ? 2 : 1) * kernel_ + (gradient ? 7 : 4) * rows_ + (gradient ? 14 : 7) * columns_ +
                members * (columns_ + kLineOf<T>)) {
-    w.kernel = arena_.take(padded(n, kBlockRows) * columns_);
+    w.kernel = arena_.take(kernel_);
     for (T** rows : {&w.a, &w.f, &w.u}) *rows = arena_.take(rows_);
     for (T** columns : {&w.b, &w.log_b, &w.g, &w.v, &w.next_v, &w.beta, &w.top}) *columns = arena_.take(columns_);
     w.stride = columns_ + kLineOf<T>;
     w.columns = arena_.take(members * w.stride);
     w.slots = slots_.data();
+    if (small) {
+      w.transposed = arena_.take(kernel_);
+      w.scales = arena_.take(rows_);
+    }
     if (!gradient) return;
     for (T** rows : {&w.row_sum, &w.row_slope, &w.row_adjoint, &w.at_f}) *rows = arena_.take(rows_);
     for (T** columns :
@@ -86,7 +97,7 @@ class Space {
   Workspace<T> w{};
 
  private:
-  int64_t rows_, columns_;
+  int64_t rows_, columns_, kernel_;
   std::vector<double> slots_;
   Arena<T> arena_;
 };
@@ -109,6 +120,12 @@ void solve_on(const Transport<T>& t, const Stopping& s, const Potentials<T>& out
   SEER_DISPATCH(solve_problem(t, s, out, p, w, team));
 }
 
+template <class T, class Next>
+void solve_in_turns_on(const Transport<T>& t, const Stopping& s, const Potentials<T>& out, Next& next,
+                       const Workspace<T> (&w)[kTurns]) {
+  SEER_DISPATCH(solve_in_turns(t, s, out, next, w));
+}
+
 template <class T>
 void differentiate_on(const Transport<T>& t, const Potentials<T>& at, const TransportGradient<T>& d, int64_t p,
                       const Workspace<T>& w) {
@@ -121,6 +138,7 @@ void costs_on(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size, T
 }
 
 constexpr int64_t kTeamEntries = 1 << 16;  // a problem below this is not worth the waiting of a team
+constexpr int64_t kTurnEntries = 32 * 32;   // a problem above this keeps a core busy by itself
 
 }  // namespace
 
@@ -152,6 +170,13 @@ void sinkhorn_solve(const Transport<T>& t, const Stopping& s, const Potentials<T
   }
   const int64_t passes = s.max_iterations < 16 ? s.max_iterations + 4 : 20;
   parallel_take(t.B, t.n * t.m * passes, threads, [&](auto& next) {
+    if (t.n * t.m <= kTurnEntries) {
+      std::optional<Space<T>> spaces[kTurns];
+      Workspace<T> w[kTurns];
+      for (int k = 0; k < kTurns; ++k) w[k] = spaces[k].emplace(t.n, t.m, 1, false, true).w;
+      solve_in_turns_on(t, s, out, next, w);
+      return;
+    }
     Space<T> space(t.n, t.m, 1, false);
     for (int64_t p = next(); p < t.B; p = next()) solve_on(t, s, out, p, space.w, Team{0, 1, nullptr});
   });

@@ -72,15 +72,31 @@ struct Block {
   typedef T R __attribute__((vector_size(kRows * sizeof(T))));
 };
 
+// Half of the lanes, from lane kFirst on.
+template <int kFirst, class V>
+inline auto half_of(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]), f = kFirst;
+  if constexpr (kLanes == 2) {
+    return v[f];
+  } else if constexpr (kLanes == 4) {
+    return __builtin_shufflevector(v, v, f, f + 1);
+  } else if constexpr (kLanes == 8) {
+    return __builtin_shufflevector(v, v, f, f + 1, f + 2, f + 3);
+  } else {
+    return __builtin_shufflevector(v, v, f, f + 1, f + 2, f + 3, f + 4, f + 5, f + 6, f + 7);
+  }
+}
+
 // The sum of all lanes, in a few steps rather than lane by lane.
 template <class V>
 inline auto sum_all(V v) {
   constexpr int kLanes = sizeof(V) / sizeof(v[0]);
-  v = add_neighbours(v, v);
-  if constexpr (kLanes >= 4) v = add_neighbours(v, v);
-  if constexpr (kLanes >= 8) v = add_neighbours(v, v);
-  if constexpr (kLanes >= 16) v = add_neighbours(v, v);
-  return v[0];
+  const auto half = half_of<0>(v) + half_of<kLanes / 2>(v);
+  if constexpr (kLanes == 2) {
+    return half;
+  } else {
+    return sum_all(half);
+  }
 }
 
 template <class T, class V>
@@ -150,6 +166,21 @@ inline void sweep(const T* matrix, int64_t width, int64_t begin, int64_t end, co
   }
 }
 
+// For each vector of columns, take(j, sums) with the sums over k < count of weights[k] times row k of the matrix. Reads
+// up to 3 rows and weights more.
+template <class T, class Take>
+inline void weighted_rows(const T* matrix, int64_t width, int64_t count, const T* weights, const Take& take) {
+  using V = typename Simd<T>::V;
+  for (int64_t j = 0; j < width; j += Simd<T>::kLanes) {
+    V parts[4] = {};  // so many sums are under way at a time
+    for (int64_t k = 0; k < count; k += 4) {
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l) parts[l] += load<V>(matrix + (k + l) * width + j) * weights[k + l];
+    }
+    take(j, (parts[0] + parts[1]) + (parts[2] + parts[3]));
+  }
+}
+
 template <class T>
 class Solver {
   using V = typename Simd<T>::V;
@@ -163,7 +194,8 @@ class Solver {
       : t_(t), s_(s), out_(out), w_(w), team_(team), p_(p) {
     n_ = t.x_lengths ? t.x_lengths[p] : t.n;
     m_ = t.y_lengths ? t.y_lengths[p] : t.m;
-    rows_ = (n_ + kRows - 1) / kRows * kRows;
+    const int64_t block = w.transposed ? kLine : kRows;
+    rows_ = (n_ + block - 1) / block * block;
     width_ = (m_ + kLine - 1) / kLine * kLine;
     first_row_ = team.begin(rows_, kRows);
     last_row_ = team.end(rows_, kRows);
@@ -177,37 +209,37 @@ class Solver {
     relaxed_b_ = t.tau_b < kInfinity;
   }
 
-  void run() {
+  // False where there is nothing to solve.
+  bool begin() {
     load_weights();
-    if (!inspect()) return;
-    int64_t iteration = 1;
+    if (!inspect()) return false;
     restart(now_);
-    while (iteration < s_.max_iterations) {
-      ++iteration;
-      const bool inside = relaxed_a_ || relaxed_b_ ? iterate<true>() : iterate<false>();
-      if (!inside) {
-        restart(now_);  // from the scalings before
-        continue;
-      }
-      accept();
-      if (now_ > target_) {
-        if (error_ < s_.until) {
-          const T last = now_;
-          now_ = now_ * T(s_.factor) > target_ ? now_ * T(s_.factor) : target_;
-          if (iteration < s_.max_iterations) {
-            ++iteration;
-            restart(last);
-          } else {
-            now_ = last;
-          }
-          continue;
-        }
-      } else if (error_ < s_.tolerance) {
-        break;
-      }
-      if ((relaxed_a_ || relaxed_b_) && iteration < s_.max_iterations) shift();
+    return true;
+  }
+
+  // An iteration; false after the last, with the results written.
+  bool step() {
+    if (iteration_ >= s_.max_iterations) return finish();
+    ++iteration_;
+    if (!iterate()) {
+      restart(now_);  // from the scalings before
+      return true;
     }
-    finish(iteration);
+    accept();
+    if (now_ > target_) {
+      if (within(s_.until) && iteration_ < s_.max_iterations) {
+        const T last = now_;
+        now_ = now_ * T(s_.factor) > target_ ? now_ * T(s_.factor) : target_;
+        ++iteration_;
+        restart(last);
+        return true;
+      }
+      if (within(s_.until)) return true;
+    } else if (within(s_.tolerance)) {
+      return finish();
+    }
+    if ((relaxed_a_ || relaxed_b_) && iteration_ < s_.max_iterations) shift();
+    return true;
   }
 
  private:
@@ -390,83 +422,107 @@ class Solver {
       for (int64_t j = 0; j < width_; j += kLanes) store_first(k + j, load<V>(k + j) * load<V>(w_.top + j), kLanes);
       for (int64_t j = m_; j < width_; ++j) k[j] = k[m_ - 1];
     }
+    if (w_.transposed) {
+      for (int64_t i = 0; i < rows_; ++i) {
+        for (int64_t j = 0; j < width_; ++j) w_.transposed[j * rows_ + i] = w_.kernel[i * width_ + j];
+      }
+    }
     carry_ = T(1);
     team_.sync();
   }
 
-  // One iteration. False where a scaling left its range, and the iteration must not be used.
-  template <bool kRelaxed>
   bool iterate() {
+    const bool relaxed = relaxed_a_ || relaxed_b_;
+    if (w_.transposed) return relaxed ? iterate<true, true>() : iterate<false, true>();
+    return relaxed ? iterate<true, false>() : iterate<false, false>();
+  }
+
+  // One iteration. False where a scaling left its range, and the iteration must not be used. A small kernel lies in the
+  // L1 cache together with its transpose, so that no sum runs across lanes; else it is read once.
+  template <bool kRelaxed, bool kSmall>
+  bool iterate() {
+    using Rows = std::conditional_t<kSmall, V, R>;
+    constexpr int kCount = sizeof(Rows) / sizeof(T);
+    const Workspace<T> w = w_;  // a copy: for all the compiler knows, stores change the members
     const T carry = carry_, lowest = T(1) / L::kScaling, highest = L::kScaling;
     const T share_a = relaxed_a_ ? T(t_.tau_a / (t_.tau_a + now_)) : T(1);
     const T rate_a = relaxed_a_ ? T(1 / (t_.tau_a + now_)) : T(0);
-    R off = {}, mass = {}, outside = {};
-    sweep(w_.kernel, width_, first_row_, last_row_, w_.beta, columns_, [&](int64_t i, R sums) {
-      const R a = load<R>(w_.a + i);
-      R next;
+    const T share_b = relaxed_b_ ? T(t_.tau_b / (t_.tau_b + now_)) : T(1);
+    const T rate_b = relaxed_b_ ? T(1 / (t_.tau_b + now_)) : T(0);
+    Rows off = {}, mass_a = {};  // infinite where a scaling is outside
+    V outside = {}, mass_b = {};
+    const auto update_rows = [&](int64_t i, Rows sums) {
+      const Rows a = load<Rows>(w.a + i);
+      Rows next;
       if constexpr (kRelaxed) {
-        T products[kRows], scalings[kRows + kLanes];
+        T products[kCount], scalings[kCount + kLanes];
         __builtin_memcpy(products, &sums, sizeof products);
-        for (int k = 0; k < kRows; k += kLanes) {
-          const V x = load_first<V>(products + k, kRows - k);
+        for (int k = 0; k < kCount; k += kLanes) {
+          const V x = load_first<V>(products + k, kCount - k);
           const V safe = x > kTiny ? x : V{} + kTiny;
-          const V y = exp_bounded<T>(-log_positive(safe) * share_a - load_first<V>(w_.f + i + k, kRows - k) * rate_a);
+          const V y = exp_bounded<T>(-log_positive(safe) * share_a - load_first<V>(w.f + i + k, kCount - k) * rate_a);
           store_first(scalings + k, y, kLanes);
         }
-        next = load<R>(scalings);
+        next = load<Rows>(scalings);
       } else {
         next = T(1) / sums;
       }
-      const R difference = load<R>(w_.u + i) * carry - next, weighted = a * sums;
-      off += weighted * (difference < 0 ? -difference : difference);
-      if constexpr (kRelaxed) mass += weighted * next;
-      outside = (next > lowest) & (next < highest) ? outside : R{} + T(1);
-      store_first(w_.u + i, next, kRows);
+      const Rows difference = load<Rows>(w.u + i) * carry - next, weighted = a * sums;
+      const Rows distance = weighted * (difference < 0 ? -difference : difference);
+      off += (next > lowest) & (next < highest) ? distance : Rows{} + T(kInfinity);
+      if constexpr (kRelaxed) mass_a += weighted * next;
+      store_first(w.u + i, next, kCount);
       return a * next;
-    });
-    double sums[3] = {double(sum_all(off)), kRelaxed ? double(sum_all(mass)) : mass_a_, 0};
-    team_.sync();
-    combine_columns([](V x, V y) { return x + y; });
-    const T share_b = relaxed_b_ ? T(t_.tau_b / (t_.tau_b + now_)) : T(1);
-    const T rate_b = relaxed_b_ ? T(1 / (t_.tau_b + now_)) : T(0);
-    V mass_b = {}, outside_columns = {};
-    for (int64_t j = first_column_; j < last_column_; j += kLanes) {
-      const V x = load<V>(w_.columns + j);
+    };
+    const auto update_columns = [&](int64_t j, V sums) {
       V next;
       if constexpr (kRelaxed) {
-        const V safe = x > kTiny ? x : V{} + kTiny;
-        next = exp_bounded<T>(-log_positive(safe) * share_b - load<V>(w_.g + j) * rate_b);
+        const V safe = sums > kTiny ? sums : V{} + kTiny;
+        next = exp_bounded<T>(-log_positive(safe) * share_b - load<V>(w.g + j) * rate_b);
       } else {
-        next = T(1) / x;
+        next = T(1) / sums;
       }
-      outside_columns = (next > lowest) & (next < highest) ? outside_columns : V{} + T(1);
-      const V beta = load<V>(w_.b + j) * next;
-      if constexpr (kRelaxed) mass_b += beta * x;
-      store_first(w_.next_v + j, next, kLanes);
-      store_first(w_.beta + j, beta, kLanes);
+      outside = (next > lowest) & (next < highest) ? outside : V{} + T(kInfinity);
+      const V beta = load<V>(w.b + j) * next;
+      if constexpr (kRelaxed) mass_b += beta * sums;
+      store_first(w.next_v + j, next, kLanes);
+      store_first(w.beta + j, beta, kLanes);
+    };
+    if constexpr (kSmall) {
+      weighted_rows(w.transposed, rows_, m_, w.beta, [&](int64_t i, V sums) {
+        store_first(w.scales + i, update_rows(i, sums), kLanes);
+      });
+      weighted_rows(w.kernel, width_, n_, w.scales, update_columns);
+    } else {
+      sweep(w.kernel, width_, first_row_, last_row_, w.beta, columns_, update_rows);
+      team_.sync();
+      combine_columns([](V x, V y) { return x + y; });
+      for (int64_t j = first_column_; j < last_column_; j += kLanes) update_columns(j, load<V>(w.columns + j));
     }
-    if constexpr (kRelaxed) sums[2] = double(sum_all(mass_b));
-    bool any = sum_all(outside) + sum_all(outside_columns) > 0;
+    off_ = double(sum_all(off) + sum_all(outside));
+    if constexpr (kRelaxed) {
+      mass_a_ = double(sum_all(mass_a));
+      mass_b_ = double(sum_all(mass_b));
+    }
     if (team_.size > 1) {
       slots_ ^= 1;
-      double* slots = w_.slots + slots_ * kSlots * team_.size;
-      for (int s = 0; s < 3; ++s) slots[team_.rank * kSlots + s] = sums[s];
-      slots[team_.rank * kSlots + 3] = any;
+      double* slots = w.slots + slots_ * kSlots * team_.size;
+      const double mine[kSlots] = {off_, mass_a_, mass_b_};
+      for (int s = 0; s < kSlots; ++s) slots[team_.rank * kSlots + s] = mine[s];
       team_.sync();
-      sums[0] = sums[2] = 0;
-      if constexpr (kRelaxed) sums[1] = 0;
+      off_ = mass_b_ = 0;
+      if constexpr (kRelaxed) mass_a_ = 0;
       for (int r = 0; r < team_.size; ++r) {
-        sums[0] += slots[r * kSlots];
-        if constexpr (kRelaxed) sums[1] += slots[r * kSlots + 1];
-        sums[2] += slots[r * kSlots + 2];
-        any |= slots[r * kSlots + 3] != 0;
+        off_ += slots[r * kSlots];
+        if constexpr (kRelaxed) mass_a_ += slots[r * kSlots + 1];
+        mass_b_ += slots[r * kSlots + 2];
       }
     }
-    error_ = sums[0] / sums[1];
-    mass_a_ = sums[1];
-    mass_b_ = sums[2];
-    return !any;
+    return off_ < kInfinity;
   }
+
+  // Whether the marginal error of the last iteration is below a tolerance.
+  bool within(double tolerance) const { return off_ < tolerance * mass_a_; }
 
   // The scalings of the columns are the new ones.
   void accept() {
@@ -490,7 +546,8 @@ class Solver {
     team_.sync();
   }
 
-  void finish(int64_t iterations) {
+  // Writes the results; false, as nothing is left to do.
+  bool finish() {
     const T tau_a = T(t_.tau_a);
     double off = 0, wanted = 0, spent = 0, moved = 0;
     T* f_out = out_.f + p_ * t_.n;
@@ -524,7 +581,7 @@ class Solver {
     wanted = share(wanted);
     moved = share(moved);
     spent = share(spent);
-    if (team_.rank > 0) return;
+    if (team_.rank > 0) return false;
     double a_mass = 0, b_mass = 0, f_part = 0, g_part = 0;
     for (int64_t i = 0; i < n_; ++i) {
       a_mass += w_.a[i];
@@ -541,8 +598,9 @@ class Solver {
     out_.value[p_] = T(f_part + g_part - double(now_) * (moved - a_mass * b_mass));
     out_.transport_cost[p_] = T(spent * double(inverse_scale_));
     out_.marginal_error[p_] = error < kHuge ? T(error) : T(kInfinity);
-    out_.iterations[p_] = int32_t(iterations);
+    out_.iterations[p_] = int32_t(iteration_);
     out_.converged[p_] = error <= s_.tolerance && now_ == eps_;
+    return false;
   }
 
   static double marginal_slope(T potential, double tau) {
@@ -558,21 +616,46 @@ class Solver {
   const Stopping& s_;
   const Potentials<T>& out_;
   Workspace<T> w_;
-  const Team& team_;
+  const Team team_;
   const int64_t p_;
+  int64_t iteration_ = 1;
   const T *cost_, *costs_end_;
   T* columns_;
   int64_t n_, m_, rows_, width_, first_row_, last_row_, real_row_, first_column_, last_column_;
   bool relaxed_a_, relaxed_b_;
   int slots_ = 0;
   T inverse_scale_ = 1, eps_ = 1, target_ = 1, now_ = 1, carry_ = 1;
-  double error_ = 0, mass_a_ = 0, mass_b_ = 0;
+  double off_ = 0, mass_a_ = 0, mass_b_ = 0;
 };
 
 template <class T>
 void solve_problem(const Transport<T>& t, const Stopping& s, const Potentials<T>& out, int64_t p,
                    const Workspace<T>& w, const Team& team) {
-  Solver<T>(t, s, out, p, w, team).run();
+  Solver<T> solver(t, s, out, p, w, team);
+  bool more = solver.begin();
+  while (more) more = solver.step();
+}
+
+// The problems that `next` gives out, up to kTurns at a time on one core, in turns of an iteration. An iteration of a
+// small problem is a chain of dependent steps; the core overlaps the chains of different problems by itself.
+template <class T, class Next>
+void solve_in_turns(const Transport<T>& t, const Stopping& s, const Potentials<T>& out, Next& next,
+                    const Workspace<T> (&w)[kTurns]) {
+  std::optional<Solver<T>> solvers[kTurns];
+  const auto refill = [&](int k) {
+    for (int64_t p = next(); p < t.B; p = next()) {
+      if (solvers[k].emplace(t, s, out, p, w[k], Team{0, 1, nullptr}).begin()) return true;
+    }
+    solvers[k].reset();
+    return false;
+  };
+  int busy = 0;
+  for (int k = 0; k < kTurns; ++k) busy += refill(k);
+  while (busy > 0) {
+    for (int k = 0; k < kTurns; ++k) {
+      if (solvers[k] && !solvers[k]->step()) busy -= !refill(k);
+    }
+  }
 }
 
 // The gradient of one problem, on one core. E_ij = exp((f_i + g_j - C_ij) / eps), so that P_ij = a_i b_j E_ij.
