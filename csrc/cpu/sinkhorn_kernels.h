@@ -927,6 +927,7 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr int64_t kLine = 64 / sizeof(T);
   constexpr int kSide = 4;  // products are formed kSide x kSide at a time
+  constexpr int64_t kPrefetched = 1 << 15;
   const int64_t n = c.x_lengths ? c.x_lengths[p] : c.n, m = c.y_lengths ? c.y_lengths[p] : c.m, D = c.D;
   const int64_t depth = (D + kLine - 1) / kLine * kLine, width = (m + kLine - 1) / kLine * kLine;
   const bool cosine = c.ground == Ground::kCosine;
@@ -954,7 +955,7 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
         store_first(out + d, v, kLanes);
       });
       for (int64_t d = (D + kLanes - 1) / kLanes * kLanes; d < depth; ++d) out[d] = T(0);
-      size[i] = sum_lanes<T>(squares);
+      size[i] = sum_all(squares);
       if (cosine) {
         const T inverse = size[i] > 0 ? T(1) / T(std::sqrt(size[i])) : T(0);
         for (int64_t d = 0; d < D; ++d) out[d] *= inverse;
@@ -967,6 +968,11 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
   prepare(from_y, m, y, y_size);
   for (int64_t j = m; j < width; ++j) y_size[j] = T(0);
 
+  // Small clouds of the next problem come into the cache meanwhile: hardware does not look so far ahead.
+  for (const auto& [next, points] : {std::pair(from_x + c.n * D, c.n), std::pair(from_y + c.m * D, c.m)}) {
+    if (p + 1 == c.B || points * D * int64_t(sizeof(T)) > kPrefetched) continue;
+    for (int64_t e = 0; e < points * D; e += kLine) __builtin_prefetch(next + e);
+  }
   for (int64_t i = 0; i < n; i += kSide) {
     const T* rows = x + i * depth;
     for (int64_t j = 0; j < m; j += kSide) {
