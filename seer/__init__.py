@@ -10,15 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seer.calibration import Calibration
     from seer.config import SeerConfig
     from seer.data import ConceptDataset, Text, TextDataset
     from seer.errors import InputError
+    from seer.explainer import ConceptExplainer
     from seer.prototypes import Prototypes
     from seer.train import TrainingResult, run_training
     from seer.trainer import SeerTrainer
 
 _HOME = {
+    "Calibration": "seer.calibration",
     "ConceptDataset": "seer.data",
+    "ConceptExplainer": "seer.explainer",
     "InputError": "seer.errors",
     "Prototypes": "seer.prototypes",
     "SeerConfig": "seer.config",
@@ -30,7 +34,9 @@ _HOME = {
 }
 
 __all__ = [
+    "Calibration",
     "ConceptDataset",
+    "ConceptExplainer",
     "InputError",
     "Prototypes",
     "SeerConfig",

@@ -9,8 +9,10 @@ _USAGE = """\
 usage: seer COMMAND ...
 
 commands:
-  train   fine-tune a model so that its hidden states gather by concept (seer train --help)
-  demo    the same on a small built-in model and data set, with pictures (seer demo --help)
+  train       fine-tune a model so that its hidden states gather by concept (seer train --help)
+  demo        the same on a small built-in model and data set, with pictures (seer demo --help)
+  explain     show the concepts in a trained model's hidden states, token by token (seer explain --help)
+  prototypes  make a run's concept prototypes anew, and calibrate them (seer prototypes --help)
 """
 
 
@@ -44,5 +46,13 @@ def _run(command: str, arguments: list[str]) -> None:
         from seer.demo import run_demo
 
         run_demo(arguments)
+    elif command == "explain":
+        from seer.explain import run_explain
+
+        run_explain(arguments)
+    elif command == "prototypes":
+        from seer.explain import run_prototypes
+
+        run_prototypes(arguments)
     else:
-        raise InputError(f"expected the command train or demo, got {command!r}")
+        raise InputError(f"expected a command, one of train, demo, explain, prototypes; got {command!r}")

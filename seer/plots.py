@@ -16,14 +16,13 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from seer.colors import CONCEPT_COLORS
 from seer.errors import InputError
 from seer.files import atomic_path
 
 Method = Literal["tsne", "pca"]
 
-# Okabe and Ito (2008), told apart with every common form of colour blindness, the faint yellow last. Shapes tell the
-# concepts apart in grey too; 8 colours and 7 shapes repeat together only after 56 concepts.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555", "#F0E442")
+# Shapes tell the concepts apart in grey too; 8 colours and 7 shapes repeat together only after 56 concepts.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NEIGHBOURS = 10
 
@@ -64,8 +63,10 @@ def plot_representations(
     labels = np.array([names.index(concept) for concept in concepts])
     if method not in get_args(Method):
         raise InputError(f"method: expected one of {get_args(Method)}, got {method!r}")
-    if len(names) > len(_COLORS) * len(_MARKERS):
-        raise InputError(f"concepts: expected at most {len(_COLORS) * len(_MARKERS)} different names, got {len(names)}")
+    if len(names) > len(CONCEPT_COLORS) * len(_MARKERS):
+        raise InputError(
+            f"concepts: expected at most {len(CONCEPT_COLORS) * len(_MARKERS)} different names, got {len(names)}"
+        )
 
     figure = Figure(figsize=(10, 5.6), layout="constrained", facecolor="white")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
@@ -143,7 +144,7 @@ def _draw(panel: Axes, plane: np.ndarray, labels: np.ndarray, names: list[str]) 
             up,
             s=42,
             label=name,
-            color=_COLORS[index % len(_COLORS)],
+            color=CONCEPT_COLORS[index % len(CONCEPT_COLORS)],
             marker=_MARKERS[index % len(_MARKERS)],
             alpha=0.9,
             edgecolors="white",

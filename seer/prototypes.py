@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import safetensors
 import torch
@@ -15,6 +17,9 @@ from torch.nn.functional import normalize
 from seer.errors import InputError
 from seer.files import atomic_path
 
+ADAPTER = "adapter_model.safetensors"
+"""The file of peft that holds an adapter's weights."""
+
 
 @dataclass(frozen=True)
 class Prototypes:
@@ -24,6 +29,8 @@ class Prototypes:
     """C names, in the order of the rows."""
     layers: dict[int, Tensor]
     """Layer -> [C, D] float32, rows of length 1."""
+    adapter: str | None = None
+    """Fingerprint of the adapter that they were made with, see `fingerprint`; None if that is not known."""
 
     @classmethod
     def from_representations(
@@ -53,9 +60,10 @@ class Prototypes:
         return normalize(states.float(), dim=-1) @ self.layers[layer].to(states.device).T
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: a tensor `layer.<l>` per layer; metadata `concepts`, `layers` as JSON lists."""
+        """Write a safetensors file: a tensor `layer.<l>` per layer; metadata as JSON."""
         tensors = {f"layer.{layer}": rows.contiguous().cpu() for layer, rows in self.layers.items()}
         metadata = {"concepts": json.dumps(self.concepts, ensure_ascii=False), "layers": json.dumps([*self.layers])}
+        metadata["adapter"] = json.dumps(self.adapter)
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
@@ -70,6 +78,11 @@ class Prototypes:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 layers = {layer: file.get_tensor(f"layer.{layer}") for layer in json.loads(metadata["layers"])}
-                return cls(json.loads(metadata["concepts"]), layers)
+                return cls(json.loads(metadata["concepts"]), layers, json.loads(metadata.get("adapter", "null")))
         except (OSError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
             raise InputError(f"{os.fspath(path)}: expected a prototype file written by seer train; {error}") from error
+
+
+def fingerprint(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 of the adapter's weights in `folder`, the first 16 hexadecimal digits."""
+    return hashlib.sha256((Path(folder) / ADAPTER).read_bytes()).hexdigest()[:16]

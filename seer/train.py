@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,11 +28,12 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
+from seer.calibration import CALIBRATION
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset
 from seer.errors import InputError
 from seer.files import atomic_path
-from seer.prototypes import Prototypes
+from seer.prototypes import Prototypes, fingerprint
 from seer.trainer import Measurement, SeerTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ _OWN_FILES = (
     "config.yaml",
     "metrics.json",
     "prototypes.safetensors",
+    CALIBRATION,
     "adapter_config.json",
     "adapter_model.safetensors",
 )
@@ -125,7 +127,10 @@ def run_training(
     }
     if config.should_save:
         _save_adapter(trainer, tokenizer, output_dir)
+        prototypes = replace(prototypes, adapter=fingerprint(output_dir))
         prototypes.save(output_dir / "prototypes.safetensors")
+        if held_out is not None and len(held_out) > 1 and len(held_out.names) > 1:
+            trainer.calibrate(prototypes, held_out).save(output_dir / CALIBRATION)
         with atomic_path(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if measurement is not None:

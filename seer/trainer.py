@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from seer.calibration import Calibration, calibrate
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
 from seer.errors import InputError
@@ -230,6 +231,22 @@ class SeerTrainer(Trainer):
     def prototypes(self) -> Prototypes:
         """Concept prototypes of the adapted model, from the training samples."""
         return self._make_prototypes(self._encode_training().after)
+
+    def calibrate(self, prototypes: Prototypes, dataset: ConceptDataset) -> Calibration:
+        """Fit scores by these prototypes to held-out samples.
+
+        Raises:
+            InputError: fewer than two samples or two concepts.
+        """
+        return calibrate(
+            self.stack,
+            tokenize(self._tokenizer, dataset.texts, self._max_length),
+            dataset.concept_ids,
+            prototypes,
+            temperature=self.args.temperature,
+            pad_token_id=self._pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
 
     def measure(self, dataset: ConceptDataset | None = None) -> Measurement:
         """Compare the base model with the adapted one on held-out samples, by default on `eval_dataset`."""

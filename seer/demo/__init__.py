@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from seer.command_line import Parser
 from seer.errors import InputError
 
 _DESCRIPTION = """\
@@ -44,11 +44,6 @@ _OPTIONS: dict[str, Any] = {
 _MARK = "made-by-seer-demo.txt"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def run_demo(argv: Sequence[str]) -> int:
     """Run the demo.
 
@@ -62,13 +57,7 @@ def run_demo(argv: Sequence[str]) -> int:
         InputError: bad arguments, or an output folder that holds something else.
         SystemExit: after `--help`.
     """
-    parser = _Parser(
-        prog="seer demo",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("seer demo", _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--output_dir",
         type=Path,

@@ -1,0 +1,33 @@
+"""What the commands share: a parser whose errors are raised, and files of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any, NoReturn
+
+from seer.errors import InputError
+from seer.files import atomic_path
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError where argparse would exit, keeps the lines of the description, and allows no abbreviations."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def save_json(values: Any, path: str | os.PathLike[str]) -> None:
+    """Write `values` as indented JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
