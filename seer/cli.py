@@ -9,11 +9,15 @@ _USAGE = """\
 usage: seer COMMAND ...
 
 commands:
-  train       fine-tune a model so that its hidden states gather by concept (seer train --help)
-  demo        the same on a small built-in model and data set, with pictures (seer demo --help)
-  explain     show the concepts in a trained model's hidden states, token by token (seer explain --help)
-  prototypes  make a run's concept prototypes anew, and calibrate them (seer prototypes --help)
+  train         fine-tune a model so that its hidden states gather by concept (seer train --help)
+  demo          the same on a small built-in model and data set, with pictures (seer demo --help)
+  explain       show the concepts in a trained model's hidden states, token by token (seer explain --help)
+  faithfulness  test these explanations by interventions in the hidden states (seer faithfulness --help)
+  evaluate      measure base model and trained model on held-out samples (seer evaluate --help)
+  prototypes    make a run's concept prototypes anew, and calibrate them (seer prototypes --help)
 """
+
+_COMMANDS = ("train", "demo", "explain", "faithfulness", "evaluate", "prototypes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +54,17 @@ def _run(command: str, arguments: list[str]) -> None:
         from seer.explain import run_explain
 
         run_explain(arguments)
+    elif command == "faithfulness":
+        from seer.faithfulness import run_faithfulness
+
+        run_faithfulness(arguments)
+    elif command == "evaluate":
+        from seer.evaluate import run_evaluate
+
+        run_evaluate(arguments)
     elif command == "prototypes":
         from seer.explain import run_prototypes
 
         run_prototypes(arguments)
     else:
-        raise InputError(f"expected a command, one of train, demo, explain, prototypes; got {command!r}")
+        raise InputError(f"expected a command, one of {', '.join(_COMMANDS)}; got {command!r}")

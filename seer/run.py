@@ -95,6 +95,23 @@ class Run:
         dataset = ConceptDataset.load(source, self.config.concepts)
         return dataset.split(self.config.held_out_share, self.config.seed)
 
+    def samples_with_held_out(self, data: str | None = None) -> tuple[ConceptDataset, ConceptDataset]:
+        """`samples` for what needs held-out samples of every concept.
+
+        Raises:
+            InputError: nothing, or nothing of some concept, was held out.
+        """
+        training, held_out = self.samples(data)
+        if held_out is None:
+            raise InputError(f"{self.folder}: expected a run with held-out samples, got one with held_out_share 0")
+        missing = set(training.names) - set(held_out.concepts)
+        if missing:
+            raise InputError(
+                f"{self.folder}: expected held-out samples of every concept, got none of {sorted(missing)}: it takes "
+                "three samples of a concept to hold one out"
+            )
+        return training, held_out
+
     def token_ids(self, texts: Sequence[Text]) -> list[list[int]]:
         """Texts as the run's training saw them."""
         return tokenize(self.tokenizer, texts, self.max_length)

@@ -1,0 +1,148 @@
+"""The command `seer faithfulness`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seer.command_line import Parser, save_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from seer.interventions import Estimate, Faithfulness
+    from seer.run import Run
+
+_DESCRIPTION = """\
+Test the explanations of a run, and of its base model, on held-out samples: remove the explained concept from the hidden
+states at one layer, or swap it for another, and compare what that does with random directions of the same norm. What it
+does: the change (KL) of the next-token distribution, and of the concept scores at later layers. An explanation is
+faithful where its own direction matters more than the random ones. RUN is the --output_dir of `seer train`.
+"""
+
+_NAMES = {
+    "remove_kl": "remove: KL of next tokens, nats",
+    "remove_score": "remove: fall of its score",
+    "swap_kl": "swap: KL of next tokens, nats",
+    "swap_score": "swap: rise of the other's score",
+}
+
+
+def faithfulness_of_run(
+    run: Run, layer: int, *, data: str | None = None, texts: int = 100, controls: int = 3, seed: int = 0
+) -> dict[str, Faithfulness]:
+    """Measure "base" and "seer" on held-out samples, each with prototypes of its own from the training samples.
+
+    Args:
+        run: whose.
+        layer: where to intervene.
+        data: where the run's data is now, if not where the run read it.
+        texts: at most so many held-out samples, evenly from all.
+        controls: random directions per text and intervention.
+        seed: of what is drawn.
+
+    Raises:
+        InputError: nothing held out, or as `measure_faithfulness`.
+    """
+    import numpy as np
+
+    from seer.calibration import fit_temperature
+    from seer.interventions import measure_faithfulness
+
+    training, held_out = run.samples_with_held_out(data)
+    picked = np.unique(np.linspace(0, len(held_out) - 1, min(texts, len(held_out))).round().astype(int))
+    rows = run.token_ids([held_out.texts[index] for index in picked])
+    layers = range(layer, len(run.stack.layers))
+    results = {}
+    for name in ("base", "seer"):
+        prototypes = run.make_prototypes(training, layers, base=name == "base")
+        states = run.representations(held_out.texts, layers, base=name == "base")
+        # The same meaning for the scores of both models, however close their cosines are.
+        temperatures = {
+            index: fit_temperature(prototypes.similarity(index, states[index]).numpy(), held_out.concept_ids)
+            for index in layers
+        }
+        with run.base_model() if name == "base" else nullcontext():
+            results[name] = measure_faithfulness(
+                run.stack,
+                rows,
+                prototypes,
+                layer,
+                temperatures=temperatures,
+                pad_token_id=run.pad_token_id,
+                controls=controls,
+                seed=seed,
+            )
+    return results
+
+
+def run_faithfulness(argv: Sequence[str]) -> None:
+    """Run `seer faithfulness` with the arguments after it.
+
+    Raises:
+        InputError: bad arguments or data.
+        SystemExit: after `--help`.
+    """
+    parser = Parser("seer faithfulness", _DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished seer train run")
+    parser.add_argument("--layer", type=int, metavar="L", help="where to intervene (default: the last target layer)")
+    parser.add_argument("--data", metavar="FILE", help="where the run's data is now (default: where it was)")
+    parser.add_argument("--texts", type=int, default=100, metavar="N", help="at most so many texts (default: 100)")
+    parser.add_argument(
+        "--controls", type=int, default=3, metavar="K", help="random directions per intervention (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of random directions (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures (default: RUN/faithfulness.json)")
+    arguments = parser.parse_args(argv)
+    for name, least in (("texts", 2), ("controls", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name}: expected a whole number >= {least}, got {getattr(arguments, name)}")
+
+    from rich.console import Console
+
+    from seer.run import Run
+
+    run = Run.load(arguments.run)
+    wanted = run.config.target_layers if arguments.layer is None else [arguments.layer]
+    layer = run.stack.resolve(wanted)[-1]
+    results = faithfulness_of_run(
+        run,
+        layer,
+        data=arguments.data,
+        texts=arguments.texts,
+        controls=arguments.controls,
+        seed=arguments.seed,
+    )
+    file = run.folder / "faithfulness.json" if arguments.json is None else arguments.json
+    save_json({name: asdict(result) for name, result in results.items()}, file)
+    console = Console(highlight=False)
+    console.print(_table(results))
+    console.print(f"Wrote {file}", soft_wrap=True)
+
+
+def _table(results: dict[str, Faithfulness]) -> Table:
+    from rich.table import Table
+
+    first = results["seer"]
+    table = Table(title=f"interventions at layer {first.layer}, {first.texts} held-out texts, means and 95 % intervals")
+    for column in ("intervention and what it does", "model", "concept", "random", "difference", "effect size d_z"):
+        table.add_column(column, justify="left" if column in ("intervention and what it does", "model") else "right")
+    for name in first.comparisons:
+        for model, result in results.items():
+            values = result.comparisons[name]
+            table.add_row(
+                _NAMES[name] if model == "base" else "",
+                {"base": "base", "seer": "SEER"}[model],
+                f"{values.intervention.value:.4f}",
+                f"{values.control.value:.4f}",
+                _interval(values.difference, 4),
+                "-" if values.effect_size is None else _interval(values.effect_size, 2),
+            )
+    return table
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
