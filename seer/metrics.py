@@ -263,8 +263,9 @@ def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int) -> np.ndarr
 def compare(base: Metric, seer: Metric, weights: np.ndarray) -> Change:
     """Both values and their difference, with intervals.
 
-    Sampling with replacement repeats samples, which lowers ranks and spreads whatever the truth is. So the interval is
-    that of the draws (2.5 % to 97.5 %) moved to have its mean at the value.
+    The interval is that of the draws, 2.5 % to 97.5 %. Sampling with replacement repeats samples, which lowers ranks
+    and spreads whatever the truth is: where the mean of the draws is off by more than chance, they are moved to the
+    value.
 
     Args:
         base: of the base model.
@@ -285,8 +286,11 @@ def _interval(value: float, draws: np.ndarray) -> Interval:
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(value) or not len(draws):
         return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(draws - draws.mean(), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Interval(value, value + float(low), value + float(high))
+    bias = float(draws.mean() - value)
+    if abs(bias) < 3 * draws.std() / np.sqrt(len(draws)):
+        bias = 0.0
+    low, high = np.quantile(draws - bias, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def _weighted_mean(values: np.ndarray) -> Metric:
