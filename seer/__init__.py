@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from seer.errors import InputError
     from seer.explainer import ConceptExplainer
     from seer.prototypes import Prototypes
+    from seer.run import Run
     from seer.train import TrainingResult, run_training
     from seer.trainer import SeerTrainer
 
@@ -25,6 +26,7 @@ _HOME = {
     "ConceptExplainer": "seer.explainer",
     "InputError": "seer.errors",
     "Prototypes": "seer.prototypes",
+    "Run": "seer.run",
     "SeerConfig": "seer.config",
     "SeerTrainer": "seer.trainer",
     "Text": "seer.data",
@@ -39,6 +41,7 @@ __all__ = [
     "ConceptExplainer",
     "InputError",
     "Prototypes",
+    "Run",
     "SeerConfig",
     "SeerTrainer",
     "Text",

@@ -99,6 +99,10 @@ class TokenScores:
 class ConceptExplainer:
     """Reads concepts out of a model while it reads or writes text.
 
+        explainer = ConceptExplainer.from_run("run")
+        for token in explainer.stream("How do I pick a lock?", max_new_tokens=50):
+            print(token.piece, token.layers[25].answers())
+
     Args:
         model: the adapted model, or any other whose prototypes these are.
         tokenizer: its tokenizer.

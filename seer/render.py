@@ -51,13 +51,11 @@ def print_explanation(console: Console, explanation: Explanation, heading: str) 
         console.print(Styled.assemble(("tokens   ", "dim"), Styled(", ").join(shares)))
         if explanation.text is not None:
             whole = explanation.text[layer]
-            console.print(
-                Styled.assemble(
-                    ("as text  ", "dim"),
-                    (whole.answers()[0], style_of(whole.answers()[0], values.concepts)),
-                    f" {whole.scores.max():.2f}",
-                )
-            )
+            (answer,) = whole.answers()
+            nearest = whole.concepts[int(whole.scores.argmax())]
+            hint = "" if nearest == answer else f" nearest {nearest}"
+            shown = (answer, style_of(answer, values.concepts))
+            console.print(Styled.assemble(("as text  ", "dim"), shown, f"{hint} {whole.scores.max():.2f}"))
     for flag in explanation.flags:
         console.print(Styled(_flag_line(explanation, flag.position, flag.concept, flag.score, flag.layer), "bold"))
 
@@ -158,6 +156,7 @@ def write_page(
             "passes."
         ),
         concepts=concepts,
+        letters={concept: _letter(number) for number, concept in enumerate(concepts)},
         colors=CONCEPT_COLORS,
         steps=[_step(number) for number in range(_STEPS + 1)],
         calibration=None if calibration is None else _calibration_rows(calibration, explanations[0]),
@@ -189,7 +188,12 @@ def _without_control_characters(value: Any) -> Any:
 
 def _page_item(explanation: Explanation, heading: str, unfold: bool) -> dict[str, Any]:
     verdicts = [
-        {"layer": layer, "answer": whole.answers()[0], "score": f"{whole.scores.max():.2f}"}
+        {
+            "layer": layer,
+            "answer": whole.answers()[0],
+            "nearest": whole.concepts[int(whole.scores.argmax())],
+            "score": f"{whole.scores.max():.2f}",
+        }
         for layer, whole in (explanation.text or {}).items()
     ]
     layers = []
@@ -255,6 +259,10 @@ def _flag_line(explanation: Explanation, token: int, concept: str, score: float,
 
 def _by_concept(concepts: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     return {concept: round(value, 6) for concept, value in zip(concepts, values, strict=True)}
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
 def _step(number: int) -> dict[str, str]:
