@@ -212,21 +212,29 @@ def without_nan(values: Any) -> Any:
 
 
 def _table(evaluation: Evaluation) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"{evaluation.samples} held-out samples, 95 % intervals of {evaluation.resamples} draws")
+    title = f"{evaluation.samples} held-out samples; differences with 95 % intervals of {evaluation.resamples} draws"
+    table = Table(title=title, box=SIMPLE_HEAD)
     for column in ("layer", "measure", "base", "SEER", "difference"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     for layer, measures in evaluation.layers.items():
         for name, change in measures.items():
             table.add_row(str(layer), name.replace("_", " "), *_cells(change), end_section=name == [*measures][-1])
     for name, change in (evaluation.retention or {}).items():
-        table.add_row("", f"{name} on {evaluation.retain_texts}", *_cells(change))
+        table.add_row("", {"perplexity": "perplexity", "kl": "KL to the base model, nats"}[name], *_cells(change))
+    if evaluation.retention is not None:
+        table.caption = f"perplexity and KL on {evaluation.retain_texts}"
     return table
 
 
 def _cells(change: Change) -> list[str]:
+    if change.difference.value != change.difference.value:
+        return ["-", "-", "-"]
+    difference = change.difference
     return [
-        "-" if each.value != each.value else f"{each.value:.3f} [{each.low:.3f}, {each.high:.3f}]"
-        for each in (change.base, change.seer, change.difference)
+        f"{change.base.value:.3f}",
+        f"{change.seer.value:.3f}",
+        f"{difference.value:.3f} [{difference.low:.3f}, {difference.high:.3f}]",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +24,10 @@ faithful where its own direction matters more than the random ones. RUN is the -
 """
 
 _NAMES = {
-    "remove_kl": "remove: KL of next tokens, nats",
-    "remove_score": "remove: fall of its score",
-    "swap_kl": "swap: KL of next tokens, nats",
-    "swap_score": "swap: rise of the other's score",
+    "remove_kl": "concept removed: KL of the next-token distribution, nats",
+    "remove_score": "concept removed: fall of its score at later layers",
+    "swap_kl": "concept swapped: KL of the next-token distribution, nats",
+    "swap_score": "concept swapped: rise of the other's score at later layers",
 }
 
 
@@ -119,29 +119,31 @@ def run_faithfulness(argv: Sequence[str]) -> None:
     file = run.folder / "faithfulness.json" if arguments.json is None else arguments.json
     save_json({name: asdict(result) for name, result in results.items()}, file)
     console = Console(highlight=False)
-    console.print(_table(results))
+    found = results["seer"]
+    console.print(f"Interventions at layer {found.layer} in {found.texts} held-out texts: means with 95 % intervals.")
+    for table in _tables(results):
+        console.print(table)
     console.print(f"Wrote {file}", soft_wrap=True)
 
 
-def _table(results: dict[str, Faithfulness]) -> Table:
+def _tables(results: dict[str, Faithfulness]) -> Iterator[Table]:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    first = results["seer"]
-    table = Table(title=f"interventions at layer {first.layer}, {first.texts} held-out texts, means and 95 % intervals")
-    for column in ("intervention and what it does", "model", "concept", "random", "difference", "effect size d_z"):
-        table.add_column(column, justify="left" if column in ("intervention and what it does", "model") else "right")
-    for name in first.comparisons:
+    for name in results["seer"].comparisons:
+        table = Table(title=_NAMES[name], box=SIMPLE_HEAD)
+        for column in ("model", "concept", "random", "difference", "effect size d_z"):
+            table.add_column(column, justify="left" if column == "model" else "right")
         for model, result in results.items():
             values = result.comparisons[name]
             table.add_row(
-                _NAMES[name] if model == "base" else "",
                 {"base": "base", "seer": "SEER"}[model],
                 f"{values.intervention.value:.4f}",
                 f"{values.control.value:.4f}",
                 _interval(values.difference, 4),
                 "-" if values.effect_size is None else _interval(values.effect_size, 2),
             )
-    return table
+        yield table
 
 
 def _interval(estimate: Estimate, digits: int) -> str:
