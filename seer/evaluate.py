@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,14 +97,13 @@ def evaluate_run(
     if lm_head(run.stack) is not None:
         sums = retention_sums(run, texts)
         draws = bootstrap_weights(np.zeros(len(texts)), resamples, seed)
-        tokens = sums["tokens"]
         retention = {
             "perplexity": compare(
-                lambda w: float(np.exp(w @ sums["nll_base"] / (w @ tokens))),
-                lambda w: float(np.exp(w @ sums["nll_seer"] / (w @ tokens))),
+                lambda w: math.exp(_per_token(sums, "nll_base", w)),
+                lambda w: math.exp(_per_token(sums, "nll_seer", w)),
                 draws,
             ),
-            "kl": compare(lambda w: 0.0, lambda w: float(w @ sums["kl"] / (w @ tokens)), draws),
+            "kl": compare(lambda w: 0.0, lambda w: _per_token(sums, "kl", w), draws),
         }
     return Evaluation(
         samples=len(held_out),
@@ -158,6 +158,11 @@ def retention_sums(run: Run, texts: Sequence[Text], batch_size: int = 4) -> dict
             sums.append(kl_div(after, before, reduction="sum", log_target=True))
             found.append([len(row) - 1, *(float(value) for value in sums)])
     return dict(zip(("tokens", "nll_base", "nll_seer", "kl"), np.array(found).T, strict=True))
+
+
+def _per_token(sums: dict[str, np.ndarray], name: str, weights: np.ndarray) -> float:
+    tokens = weights @ sums["tokens"]
+    return float(weights @ sums[name] / tokens) if tokens else float("nan")  # only texts of one token were drawn
 
 
 def run_evaluate(argv: Sequence[str]) -> None:

@@ -117,6 +117,9 @@ def run_training(
 
     measurement = None if held_out is None else trainer.measure()
     prototypes = trainer.prototypes() if measurement is None else measurement.prototypes
+    calibration = None
+    if held_out is not None and len(held_out) > 1 and len(held_out.names) > 1:
+        calibration = trainer.calibrate(prototypes, held_out)
     metrics = {
         "samples": {"training": len(training), "held_out": 0 if held_out is None else len(held_out)},
         "concepts": training.names,
@@ -129,8 +132,8 @@ def run_training(
         _save_adapter(trainer, tokenizer, output_dir)
         prototypes = replace(prototypes, adapter=fingerprint(output_dir))
         prototypes.save(output_dir / "prototypes.safetensors")
-        if held_out is not None and len(held_out) > 1 and len(held_out.names) > 1:
-            trainer.calibrate(prototypes, held_out).save(output_dir / CALIBRATION)
+        if calibration is not None:
+            replace(calibration, adapter=prototypes.adapter).save(output_dir / CALIBRATION)
         with atomic_path(output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if measurement is not None:

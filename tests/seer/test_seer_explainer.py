@@ -108,7 +108,11 @@ def test_a_given_text_has_the_scores_of_a_plain_pass(explainer) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "gpt_neox"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 2.0}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 2.0}, {"use_cache": False}, {"cache_implementation": "static"}],
+    ids=str,
+)
 def test_generated_tokens_have_the_scores_of_the_pass_that_produced_them(
     architecture, options, make_model, tokenizer
 ) -> None:
