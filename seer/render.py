@@ -57,7 +57,8 @@ def print_explanation(console: Console, explanation: Explanation, heading: str) 
             shown = (answer, style_of(answer, values.concepts))
             console.print(Styled.assemble(("as text  ", "dim"), shown, f"{hint} {whole.scores.max():.2f}"))
     for flag in explanation.flags:
-        console.print(Styled(_flag_line(explanation, flag.position, flag.concept, flag.score, flag.layer), "bold"))
+        said = _flag_line(explanation, flag.position, flag.concept, flag.score, flag.layer)
+        console.print(Styled.assemble(("flag     ", "dim"), (said, "bold")))
 
 
 def style_of(answer: str, concepts: Sequence[str]) -> str:

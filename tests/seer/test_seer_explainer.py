@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -502,3 +503,11 @@ def test_a_run_with_its_model_in_memory(make_config, make_model, data_file, toke
     assert ConceptExplainer.from_run(out, model=make_model("llama")).explain(["cat"])
     with pytest.raises(InputError, match="expected an adapter of the given model"):
         Run.load(out, model=make_model("gpt_neox"))
+
+
+def test_what_the_caller_does_with_a_token_is_not_overhead(explainer) -> None:
+    def slow(row, token) -> None:
+        time.sleep(0.2)
+
+    (explanation,) = explainer.generate(["cat"], max_new_tokens=3, eos_token_id=None, on_token=slow)
+    assert 0 < explanation.overhead < 0.5  # with the naps it would be 2 or more
