@@ -57,6 +57,34 @@ struct Potentials {
   bool* usable;        // [B]: whether the costs are finite and far from overflow
 };
 
+// What numbers of a type can hold.
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kAbsentLog = -1e30f;  // the logarithm of a weight of 0
+  static constexpr float kTopExponent = 80.0f;
+  static constexpr float kLowExponent = -87.0f;
+  // Scalings that leave [1 / kScaling, kScaling] go into the potentials. Entries of the kernel below e^-87 are 0; with
+  // both scalings at the limit they would still be below e^-45 of what they add to.
+  static constexpr float kScaling = 1e9f;
+  static constexpr float kHuge = 2e37f;  // costs must be smaller
+  static constexpr float kRootOfMax = 1.8e19f;
+  static constexpr float kTiny = 1.2e-38f;
+  static constexpr double kSolved = 1.4e-14;  // by how much conjugate gradients lower the square of the residual
+};
+template <>
+struct Limits<double> {
+  static constexpr double kAbsentLog = -1e300;
+  static constexpr double kTopExponent = 600.0;
+  static constexpr double kLowExponent = -700.0;
+  static constexpr double kScaling = 1e60;
+  static constexpr double kHuge = 1e307;
+  static constexpr double kRootOfMax = 1.3e154;
+  static constexpr double kTiny = 2.3e-308;
+  static constexpr double kSolved = 4.9e-32;
+};
+
 // What arrives for the outputs, null for zero, and the gradients with respect to cost, a and b.
 template <class T>
 struct TransportGradient {
