@@ -217,6 +217,31 @@ void bind_sinkhorn(py::module_& m, const std::string& type) {
       py::arg("transport_cost_gradient"), py::arg("f_gradient"), py::arg("g_gradient"), py::arg("scale_gradient"),
       py::arg("cost_gradient"), py::arg("a_gradient"), py::arg("b_gradient"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
+  py::class_<Alternation<T>>(m, ("Alternation_" + type).c_str())
+      .def(py::init([](int64_t P, int64_t N, int64_t M, int64_t iterations, std::uintptr_t cost, std::uintptr_t log_a,
+                       std::uintptr_t log_b, std::uintptr_t start, double share_a, double share_b) {
+             return Alternation<T>{P, N, M, iterations, pointer<const T>(cost), pointer<const T>(log_a),
+                                   pointer<const T>(log_b), pointer<const T>(start), T(share_a), T(share_b)};
+           }),
+           py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("iterations"), py::arg("cost"),
+           py::arg("log_a"), py::arg("log_b"), py::arg("start"), py::arg("share_a"), py::arg("share_b"));
+  m.def(
+      ("alternate_" + type).c_str(),
+      [](const Alternation<T>& alternation, std::uintptr_t potential, std::uintptr_t rows, std::uintptr_t columns,
+         int threads) {
+        cpu::alternate(alternation, pointer<T>(potential), pointer<T>(rows), pointer<T>(columns), threads);
+      },
+      py::arg("alternation"), py::kw_only(), py::arg("potential"), py::arg("rows"), py::arg("columns"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("alternate_gradient_" + type).c_str(),
+      [](const Alternation<T>& alternation, std::uintptr_t rows, std::uintptr_t columns, std::uintptr_t gradient,
+         std::uintptr_t cost_gradient, int threads) {
+        cpu::alternate_gradient(alternation, pointer<const T>(rows), pointer<const T>(columns),
+                                pointer<const T>(gradient), pointer<T>(cost_gradient), threads);
+      },
+      py::arg("alternation"), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("gradient"),
+      py::arg("cost_gradient"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 #if defined(SEER_CUDA_ARCHITECTURES)

@@ -98,6 +98,19 @@ struct TransportGradient {
   T* b_gradient;            // [B, m]
 };
 
+// Normalisations of rows and columns in turn, between potentials whose columns include log b, for P problems:
+// row_i = log sum_j exp(q_j - C_ij), column_j = log sum_i exp(log a_i - share_a row_i - C_ij),
+// q_j = log b_j - share_b column_j.
+template <class T>
+struct Alternation {
+  int64_t P, N, M, iterations;
+  const T* cost;   // [P, N, M]
+  const T* log_a;  // [P, N]; may be -infinity
+  const T* log_b;  // [P, M]; likewise
+  const T* start;  // [P, M]: the first q
+  T share_a, share_b;
+};
+
 namespace cpu {
 template <class T>
 void sinkhorn_cost(const Clouds<T>&, int threads);
@@ -105,6 +118,13 @@ template <class T>
 void sinkhorn_solve(const Transport<T>&, const Stopping&, const Potentials<T>&, int threads);
 template <class T>
 void sinkhorn_gradient(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, int threads);
+// Writes the last q, potential [P, M], rows [iterations, P, N] and columns [iterations, P, M].
+template <class T>
+void alternate(const Alternation<T>&, T* potential, T* rows, T* columns, int threads);
+// From the gradient to the last q [P, M] to the one to the costs [P, N, M].
+template <class T>
+void alternate_gradient(const Alternation<T>&, const T* rows, const T* columns, const T* gradient, T* cost_gradient,
+                        int threads);
 }  // namespace cpu
 
 }  // namespace seer

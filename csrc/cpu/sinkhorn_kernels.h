@@ -578,7 +578,7 @@ class Solver {
     const double error = off / wanted;
     out_.value[p_] = T(f_part + g_part - double(now_) * (moved - a_mass * b_mass));
     out_.transport_cost[p_] = T(spent * double(inverse_scale_));
-    out_.marginal_error[p_] = error < kHuge ? T(error) : T(kInfinity);
+    out_.marginal_error[p_] = error < L::kHuge ? T(error) : T(kInfinity);
     out_.iterations[p_] = int32_t(iteration_);
     out_.converged[p_] = error <= s_.tolerance && now_ == eps_;
     return false;
@@ -1007,3 +1007,5 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
     }
   }
 }
+
+#include "alternation_kernels.h"

@@ -14,6 +14,7 @@ from seer_kernels.sinkhorn.problem import (
     CANCELLED,
     COSTS,
     SCALES,
+    Alternation,
     Clouds,
     Cotangents,
     Gradients,
@@ -105,6 +106,51 @@ def gradients(problem: Problem, f: Tensor, g: Tensor, scale: Tensor, arrived: Co
         threads=torch.get_num_threads(),
     )
     return results
+
+
+def alternate(alternation: Alternation) -> tuple[Tensor, Tensor, Tensor]:
+    """The last potential [P, M], and the normalisers of rows [iterations, P, N] and of columns [iterations, P, M]."""
+    (P, N), M, start = alternation.log_a.shape, alternation.start.shape[1], alternation.start
+    potential = start.new_empty(P, M)
+    rows, columns = start.new_empty(alternation.iterations, P, N), start.new_empty(alternation.iterations, P, M)
+    getattr(_native, f"alternate_{_suffix(start.dtype)}")(
+        _alternation(alternation),
+        potential=potential.data_ptr(),
+        rows=rows.data_ptr(),
+        columns=columns.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return potential, rows, columns
+
+
+def alternate_gradient(alternation: Alternation, rows: Tensor, columns: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient to the costs [P, N, M], from the one to the last potential [P, M]."""
+    result = torch.empty_like(alternation.cost)
+    getattr(_native, f"alternate_gradient_{_suffix(result.dtype)}")(
+        _alternation(alternation),
+        rows=rows.data_ptr(),
+        columns=columns.data_ptr(),
+        gradient=gradient.data_ptr(),
+        cost_gradient=result.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return result
+
+
+def _alternation(alternation: Alternation) -> object:
+    P, N, M = alternation.cost.shape
+    return getattr(_native, f"Alternation_{_suffix(alternation.cost.dtype)}")(
+        P=P,
+        N=N,
+        M=M,
+        iterations=alternation.iterations,
+        cost=alternation.cost.data_ptr(),
+        log_a=alternation.log_a.data_ptr(),
+        log_b=alternation.log_b.data_ptr(),
+        start=alternation.start.data_ptr(),
+        share_a=alternation.share_a,
+        share_b=alternation.share_b,
+    )
 
 
 def _transport(problem: Problem) -> object:

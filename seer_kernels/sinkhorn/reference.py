@@ -13,6 +13,7 @@ from seer_kernels.sinkhorn.problem import (
     ANNEAL_FACTOR,
     ANNEAL_START,
     ANNEAL_TOLERANCE,
+    Alternation,
     Cotangents,
     Gradients,
     Problem,
@@ -274,3 +275,29 @@ def _adjoint(
         size = new_size
     p = (f_rest - from_columns(q)) / row_diagonal
     return a * p + row0, b * q + column0
+
+
+def alternate(alternation: Alternation) -> tuple[Tensor, Tensor, Tensor]:
+    """The last potential [P, M], and the normalisers of rows [iterations, P, N] and of columns [iterations, P, M]."""
+    rows, columns, potential, cost = [], [], alternation.start, alternation.cost
+    for _ in range(alternation.iterations):
+        rows.append((potential.unsqueeze(1) - cost).logsumexp(2))
+        columns.append(((alternation.log_a - alternation.share_a * rows[-1]).unsqueeze(2) - cost).logsumexp(1))
+        potential = alternation.log_b - alternation.share_b * columns[-1]
+    return potential, torch.stack(rows), torch.stack(columns)
+
+
+def alternate_gradient(alternation: Alternation, rows: Tensor, columns: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient to the costs [P, N, M], from the one to the last potential: the iterations once more, backwards."""
+    t, cost = alternation, alternation.cost
+    result = torch.zeros_like(cost)
+    for step in reversed(range(t.iterations)):
+        of_rows = (t.log_a - t.share_a * rows[step]).unsqueeze(2)
+        flow = (of_rows - cost - columns[step].unsqueeze(1)).exp_().mul_(t.share_b * gradient.unsqueeze(1))
+        result += flow
+        row_gradient = -flow.sum(2, keepdim=True)
+        before = t.start if step == 0 else t.log_b - t.share_b * columns[step - 1]
+        flow = (before.unsqueeze(1) - cost - rows[step].unsqueeze(2)).exp_().mul_(t.share_a * row_gradient)
+        result += flow
+        gradient = -flow.sum(1)
+    return result
