@@ -234,7 +234,7 @@ def _target_kernel(
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
-    choose_backend(backend, query, NO_FIXED_NUMBER if fixed_number else "")
+    choose_backend(backend, query, query.shape[1], key.shape[1], NO_FIXED_NUMBER if fixed_number else "")
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
     weight = query.new_ones(p, n, dtype=dtype) if weights is None else weights.to(dtype, copy=True)
