@@ -127,4 +127,18 @@ void alternate_gradient(const Alternation<T>&, const T* rows, const T* columns, 
                         int threads);
 }  // namespace cpu
 
+// Queued on a stream. `scratch` has sinkhorn_scratch() bytes; null where these are 0.
+namespace cuda {
+constexpr int64_t kSinkhornBytes = 4096;         // of a vector of points: as many as problems may have
+constexpr int64_t kMostProblems = (1 << 30) - 1;
+template <class T>
+int64_t sinkhorn_scratch(const Transport<T>&, bool gradient, int device);
+template <class T>
+void sinkhorn_solve(const Transport<T>&, const Stopping&, const Potentials<T>&, std::uintptr_t scratch, int device,
+                    std::uintptr_t stream);
+template <class T>
+void sinkhorn_gradient(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, std::uintptr_t scratch,
+                       int device, std::uintptr_t stream);
+}  // namespace cuda
+
 }  // namespace seer

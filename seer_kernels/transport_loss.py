@@ -236,7 +236,8 @@ def _target_kernel(
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
-    choose_backend(backend, query, _native_lacks(query.device) if fixed_number else "")
+    lacks = _native_lacks(query.device) if fixed_number else ""
+    choose_backend(backend, query, query.shape[1], key.shape[1], lacks)
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
     weight = query.new_ones(p, n, dtype=dtype) if weights is None else weights.to(dtype, copy=True)
@@ -328,9 +329,10 @@ def _alternation(
     )
 
 
-def _alternating(like: Tensor, backend: str) -> Any:
+def _alternating(cost: Tensor, backend: str) -> Any:
     """The module whose functions alternate."""
-    return native if choose_backend(backend, like, _native_lacks(like.device)) == "native" else reference
+    chosen = choose_backend(backend, cost, cost.shape[1], cost.shape[2], _native_lacks(cost.device))
+    return native if chosen == "native" else reference
 
 
 def _native_lacks(device: torch.device) -> str:

@@ -783,18 +783,27 @@ class Differentiator {
       store_first(at_f + i, rest, kRows);
       return load<R>(w_.row_adjoint + i) + weight * rest * load<R>(slope + i);
     });
-    double surplus = 0, b_mass = 0;
+    double b_mass = 0;
     for (int64_t j = 0; j < width_; ++j) {
       r[j] = w_.b[j] > 0 ? at_g[j] - w_.b[j] * w_.columns[j] : T(0);
-      surplus += r[j];
       b_mass += w_.b[j];
     }
-    double size = 0;
-    for (int64_t j = 0; j < width_; ++j) {
-      if (balanced) r[j] -= w_.b[j] * T(surplus / b_mass);  // nothing but rounding
-      s[j] = r[j] / diagonal[j];
-      size += double(r[j]) * double(s[j]);
-    }
+    // The square of the residual. That of a balanced problem sums to 0 but for rounding, which grows unless taken off: a
+    // constant is no direction.
+    const auto settle_residual = [&] {
+      double surplus = 0, square = 0;
+      if (balanced) {
+        for (int64_t j = 0; j < width_; ++j) surplus += r[j];
+        surplus /= b_mass;
+      }
+      for (int64_t j = 0; j < width_; ++j) {
+        r[j] -= w_.b[j] * T(surplus);
+        square += double(r[j]) * double(r[j]) / double(diagonal[j]);
+      }
+      return square;
+    };
+    double size = settle_residual();
+    for (int64_t j = 0; j < width_; ++j) s[j] = r[j] / diagonal[j];
     const double small = size * Limits<T>::kSolved;
     const auto through_rows = [&](int64_t i, R sums) { return load<R>(w_.a + i) * sums * load<R>(slope + i); };
     for (int64_t step = 0; step < 4 * (m_ + 25) && size > small; ++step) {
@@ -807,12 +816,11 @@ class Differentiator {
       }
       if (!(curvature > 0)) break;
       const T length = T(size / curvature);
-      double next = 0;
       for (int64_t j = 0; j < width_; ++j) {
         q[j] += length * s[j];
         r[j] -= length * product[j];
-        next += double(r[j]) * double(r[j]) / double(diagonal[j]);
       }
+      const double next = settle_residual();
       const T turn = T(next / size);
       for (int64_t j = 0; j < width_; ++j) s[j] = r[j] / diagonal[j] + turn * s[j];
       size = next;

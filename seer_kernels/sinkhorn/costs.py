@@ -76,22 +76,25 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def choose_backend(requested: str, like: Tensor, native_lacks: str = "") -> str:
-    """The backend that solves problems of tensors like this one; `native_lacks` says why native code cannot."""
-    lacks = {"native": native.lacks(like.device) or native_lacks, "triton": "it has no optimal transport"}
-    return _dispatch.choose(requested, like.device, like.dtype, lacks)
+def choose_backend(requested: str, like: Tensor, n: int, m: int, native_lacks: str = "") -> str:
+    """The backend that solves problems of n x m points of tensors like this one, one in each of its rows; `native_lacks`
+    says why native code cannot."""
+    native_lacks = native_lacks or native.lacks(like.device, like.dtype, like.shape[0], n, m)
+    return _dispatch.choose(
+        requested, like.device, like.dtype, {"native": native_lacks, "triton": "it has no optimal transport"}
+    )
 
 
 def _cost_kernel(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, cost: str, backend: str
 ) -> Tensor:
     for name, lengths, points in (("x_lengths", x_lengths, x.shape[1]), ("y_lengths", y_lengths, y.shape[1])):
-        if lengths is not None:
+        if lengths is not None and _checks.can_wait(x.device):
             _checks.check_length_values(name, lengths, points)
     clouds = Clouds(x, y, x_lengths, y_lengths, cost)
-    chosen = choose_backend(backend, x)
+    chosen = choose_backend(backend, x, x.shape[1], y.shape[1])
     with torch.autocast(x.device.type, enabled=False):
-        return native.cost_matrix(clouds) if chosen == "native" else by_torch(clouds)
+        return native.cost_matrix(clouds) if chosen == "native" and x.device.type == "cpu" else by_torch(clouds)
 
 
 def _cost_fake(

@@ -253,9 +253,13 @@ def _adjoint(
     def from_rows(p: Tensor) -> Tensor:
         return (p.unsqueeze(1) @ plan).squeeze(1)
 
-    residual = g_rest - from_rows(f_rest / row_diagonal)
-    if problem.balanced:  # a constant is no direction: the right-hand side has none of it but by rounding
-        residual = residual - b * (residual.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+    def without_constant(residual: Tensor) -> Tensor:
+        if not problem.balanced:
+            return residual
+        # A constant is no direction: the residual has none of it but by rounding, which grows unless taken off.
+        return residual - b * (residual.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+
+    residual = without_constant(g_rest - from_rows(f_rest / row_diagonal))
     q = torch.zeros_like(residual)
     direction = preconditioned = residual / column_diagonal
     size = first = (residual * preconditioned).sum(-1, keepdim=True)
@@ -268,7 +272,7 @@ def _adjoint(
             break
         step = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
         q = q + step * direction
-        residual = residual - step * applied
+        residual = without_constant(residual - step * applied)
         preconditioned = residual / column_diagonal
         new_size = torch.where(going, (residual * preconditioned).sum(-1, keepdim=True), size)
         direction = torch.where(going, preconditioned + new_size / torch.where(going, size, 1.0) * direction, direction)
