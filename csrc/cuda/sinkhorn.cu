@@ -829,8 +829,8 @@ void sinkhorn_gradient(const Transport<T>& t, const Potentials<T>& at, const Tra
                        std::uintptr_t scratch, int device, std::uintptr_t stream) {
   const Place place{device, stream};
   launch_planned<T>("sinkhorn_gradient", sinkhorn_gradient_kernel<Way<T, true>>,
-                    sinkhorn_gradient_kernel<Way<T, false>>, plan_for("sinkhorn_gradient", t, kOfGradients, place), scratch,
-                    place, t, at, d);
+                    sinkhorn_gradient_kernel<Way<T, false>>,
+                    plan_for("sinkhorn_gradient", t, kOfGradients, place), scratch, place, t, at, d);
 }
 
 #define SEER_INSTANTIATE(T)                                                                                       \

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.sinkhorn import native, reference
-from seer_kernels.sinkhorn.costs import TWICE, choose_backend, cost_matrix
+from seer_kernels.sinkhorn.costs import TWICE, choose_backend, cost_matrix, exact_products
 from seer_kernels.sinkhorn.problem import (
     COSTS,
     GRADIENTS,
@@ -425,7 +425,7 @@ def _problem(
 
 
 def _run(backend: Any, problem: Problem) -> Solution:
-    with torch.autocast(problem.cost.device.type, enabled=False):
+    with exact_products(problem.cost.device):
         solution: Solution = backend.solve(problem)
     if not _checks.can_wait(problem.cost.device):
         return solution
@@ -520,7 +520,7 @@ def _gradient_kernel(
     )
     arrived = (value_gradient, transport_cost_gradient, f_gradient, g_gradient, scale_gradient)
     chosen = _BACKENDS[choose_backend(backend, cost, *cost.shape[1:])]
-    with torch.autocast(cost.device.type, enabled=False):
+    with exact_products(cost.device):
         cotangents = Cotangents(*(None if x is None else x.contiguous() for x in arrived))
         gradients: Gradients = chosen.gradients(problem, f, g, scale, cotangents)
     return gradients

@@ -1,5 +1,5 @@
-"""Launches the compiled kernels. A CPU's core solves a problem, or all cores where it is large and they are few; on CUDA
-a block of threads solves a problem, and one launch all of them."""
+"""Launches the compiled kernels. On a CPU a core solves a problem, or all cores do where it is large and they are few;
+on CUDA a block of threads solves a problem, and one launch all of them."""
 
 from __future__ import annotations
 

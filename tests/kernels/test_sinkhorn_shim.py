@@ -10,7 +10,7 @@ import torch
 from cuda_shim import CudaShim
 from torch import Tensor
 
-from seer_kernels import _native, ConvergenceWarning, SinkhornResult, sinkhorn, sinkhorn_from_cost
+from seer_kernels import ConvergenceWarning, SinkhornResult, _native, sinkhorn, sinkhorn_from_cost
 from seer_kernels.sinkhorn import costs, native
 
 F64 = torch.float64
@@ -229,28 +229,60 @@ def test_the_schedule_changes_no_bit(cuda: CudaShim) -> None:
             torch.testing.assert_close(got, true, rtol=0, atol=0)
 
 
-def faults(shim: CudaShim, seeds: int, *, shared_bytes: int = 200 << 10, **broken: Any) -> int:
-    """In how many schedules the kernels are wrong: warps side by side and above each other, relaxed marginals."""
-    inputs = problems(4, 24, 70)
-    options = {"eps": 0.5, "tau_a": 1.0, "tau_b": 0.5, "max_iterations": 3, "scale_cost": "max"}
+FAULTY: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "relaxed": (20, 70, {"eps": 0.5, "tau_a": 1.0, "tau_b": 0.5, "max_iterations": 3, "scale_cost": "max"}),
+    "balanced": (20, 50, {"eps": 0.02, "max_iterations": 4, "scale_cost": "mean"}),
+}
+"""Points and options: warps side by side and above each other; warps above each other, and eps annealed."""
+
+
+def faults(shim: CudaShim, kernel: str, case: str, seeds: int, **broken: Any) -> int:
+    """In how many schedules a kernel is wrong."""
+    n, m, options = FAULTY[case]
+    inputs = problems(1, n, m, zeros=False)
     expected, exact = by_cpu(inputs, **options)
     count = 0
     for seed in range(seeds):
-        shim.configure(seed, shared_bytes=shared_bytes, **broken)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        shim.configure(seed, **(broken if kernel == "solve" else {}))
         try:
-            result, gradients = solved(inputs, "native", **options)
+            result = sinkhorn_from_cost(
+                leaves[0], a=leaves[1], b=leaves[2], gradient="implicit", backend="native", **options
+            )
             for name in ("value", "transport_cost", "f", "g", "marginal_error"):
-                torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-9, atol=1e-11)
-            for got, true in zip(gradients, exact, strict=True):
-                torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-8)
+                torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
+            if kernel == "gradient":
+                shim.configure(seed, **broken)
+                for got, true in zip(torch.autograd.grad(combined(result), leaves), exact, strict=True):
+                    torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-9)
         except (AssertionError, RuntimeError, ValueError):
             count += 1
     return count
 
 
 @QUIET
-def test_the_kernels_as_they_are_have_no_faults(cuda: CudaShim) -> None:
-    assert faults(cuda, 5) == 0
+@pytest.mark.parametrize("case", FAULTY)
+@pytest.mark.parametrize("kernel", ["solve", "gradient"])
+def test_the_kernels_as_they_are_have_no_faults(cuda: CudaShim, kernel: str, case: str) -> None:
+    if (kernel, case) != ("gradient", "balanced"):  # too far from a solution for gradients to weights
+        assert faults(cuda, kernel, case, 8) == 0
+
+
+BARRIERS = {
+    ("solve", "relaxed"): (3, *range(6, 14), *range(15, 18), 19, *range(24, 33)),
+    ("solve", "balanced"): (2, 3, 4, 6, 7, *range(9, 17), *range(19, 27)),
+    ("gradient", "relaxed"): (*range(1, 6), 8, *range(10, 15)),
+}
+"""By kernel and case, which of a thread's barriers change the results if missing. The others guard what the case does
+not need, such as the stopping test of so few iterations, or what a dropped iteration makes good."""
+
+
+@QUIET
+@pytest.mark.parametrize(
+    ("kernel", "case", "which"), [(*key, which) for key, numbers in BARRIERS.items() for which in numbers]
+)
+def test_the_shim_finds_missing_barriers(cuda: CudaShim, kernel: str, case: str, which: int) -> None:
+    assert faults(cuda, kernel, case, 2 if kernel == "gradient" else 6, missing_barrier=which) >= 2
 
 
 def test_larger_problems_take_other_backends() -> None:
