@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
     @property
     def multiplies(self) -> bool:
-        return self.kernel in ("multiply", "gradient") or ("products", None) in self.switches
+        return self.kernel in ("multiply", "gradient", "gradients") or ("products", None) in self.switches
 
     def __str__(self) -> str:
         return "-".join([self.kernel, str(self.config), str(self.dtype)[6:], *(f"{k}={v}" for k, v in self.switches)])
@@ -65,9 +65,9 @@ class Binary(NamedTuple):
     assembly: str
 
 
-def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _switches(kernel: str, target: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The sets of switches that a kernel is compiled with: the one that needs most registers first."""
-    precision = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+    precision = {"PRECISION": "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"}
     width = 64 if dtype == torch.float32 else 256
     unit = {} if dtype == torch.float16 else {"unit": None}
     pairs = {"bias": None, "RULE": 2, "SELF": False, "X_WEIGHTED": True, "Y_WEIGHTED": True}
@@ -85,11 +85,15 @@ def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     if kernel == "slopes":
         block = {**unit, "BLOCK_X": 16, "BLOCK_Y": 128}
         return [{**block, **pairs}, {**block, **few, "y_anchors": None}, {**block, **sigmoid, "y_anchors": None}]
-    if kernel == "gradient":
+    if kernel in ("gradient", "gradients"):
+        wide = width if kernel == "gradient" else triton_kernels.ADDED_BYTES // dtype.itemsize
+        uses = [pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}]
+        uses = [*uses, alone] if kernel == "gradient" else [*uses, {**pairs, "gradient": None}]
         return [
             {**precision, **unit, **each, "EVEN": even, "BLOCK_D": block}
-            for each in (pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}, alone)
-            for even, block in ((True, width), (False, width // 2), (True, 16))
+            | ({"y_gradient": None} if kernel == "gradient" else {})
+            for each in uses
+            for even, block in ((True, wide), (False, wide // 2), (True, 16))
         ]
     if kernel == "statistics":
         alone_rows = {**alone, "column_parts": None}
@@ -110,7 +114,7 @@ def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     return rows if kernel == "inverse_norms" else [{**unit, **each} for each in rows]
 
 
-_KERNELS = ("multiply", "statistics", "gradient", "slopes", "settle", "merge", "inverse_norms", "project")
+_KERNELS = ("multiply", "statistics", "gradient", "gradients", "slopes", "settle", "merge", "inverse_norms", "project")
 
 
 def every_case() -> list[tuple[str, Case]]:
@@ -119,7 +123,7 @@ def every_case() -> list[tuple[str, Case]]:
         for target in TARGETS
         for kernel in _KERNELS
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for switches in _switches(kernel, dtype)
+        for switches in _switches(kernel, target, dtype)
         for config in _usable(kernel, target, switches, dtype)
     ]
 
@@ -128,8 +132,8 @@ def some_cases() -> list[tuple[str, Case]]:
     """The largest usable configuration of each kernel that multiplies, with most switches on; and one of each other."""
     cases = []
     for target in TARGETS:
-        for kernel in _KERNELS if target == "sm_90" else _KERNELS[:3]:
-            switches = _switches(kernel, torch.bfloat16)[0]
+        for kernel in _KERNELS if target == "sm_90" else _KERNELS[:4]:
+            switches = _switches(kernel, target, torch.bfloat16)[0]
             config = _usable(kernel, target, switches, torch.bfloat16)[-1]
             cases.append((target, Case(kernel, config, torch.bfloat16, tuple(switches.items()))))
     return cases
@@ -140,9 +144,10 @@ def _usable(kernel: str, target: str, switches: dict[str, Any], dtype: torch.dty
     tuner = getattr(triton_kernels, f"_tuned_{kernel}", None)
     if tuner is None:
         return [0]
-    arguments = {name: torch.empty(0, dtype=dtype) for name in tuner.arg_names if name in ("a", "x", "row_parts")}
+    known = ("a", "x", "row_parts", "column_parts", "y_gradient")
+    arguments = {name: torch.empty(0, dtype=dtype) for name in tuner.arg_names if name in known}
     with mock.patch.object(triton_kernels, "_shared_memory", return_value=SHARED_LIMITS[target]):
-        usable = triton_kernels._usable_configs(tuner.configs, {"column_parts": 0, **arguments}, **switches)
+        usable = triton_kernels._usable_configs(tuner.configs, arguments, **switches)
     return [tuner.configs.index(config) for config in usable]
 
 
