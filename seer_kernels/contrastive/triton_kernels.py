@@ -646,7 +646,7 @@ def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **argum
             few = arguments["column_parts"] is None and row_bytes <= (64 if item == 4 else 256)
             return bool(blocks["BLOCK_Y"] <= 32 or few)
         # _gradient: matrix units of sm_90 take 64 rows of half precision at a time
-        most = 64 if row_bytes > (256 if arguments["y_gradient"] is None else 128) else 128
+        most = 64 if row_bytes > 128 else 128
         return bool(blocks["BLOCK_X"] == 32 if item == 4 else 64 <= blocks["BLOCK_X"] <= most)
 
     return [config for config in configs if fits(config)]
@@ -677,7 +677,7 @@ _tuned_gradient = _tuned(
     ["bucket", "RULE", "BLOCK_D"],
     ({"BLOCK_X": 32, "BLOCK_Y": 32}, 8, 2),
     ({"BLOCK_X": 64, "BLOCK_Y": 32}, 8, 2),
-    ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 32}, 8, 2),
 )
 _tuned_gradients = _tuned(
     _gradient,

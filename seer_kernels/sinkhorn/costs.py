@@ -76,9 +76,9 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def choose_backend(requested: str, like: Tensor, native_lacks: str = "") -> str:
-    """The backend that solves problems of tensors like this one; `native_lacks` says why native code cannot."""
-    lacks = {"native": native.lacks(like.device) or native_lacks, "triton": "it has no optimal transport"}
+def choose_backend(requested: str, like: Tensor, kernels_lack: str = "") -> str:
+    """The backend that solves problems of tensors like this one; `kernels_lack` says what has no kernel anywhere."""
+    lacks = {"native": native.lacks(like.device) or kernels_lack, "triton": kernels_lack}
     return _dispatch.choose(requested, like.device, like.dtype, lacks)
 
 
