@@ -75,7 +75,7 @@ def ot_contrastive(
             as query nor as key. Its features must still be finite.
         reduction: `"mean"` over rows, by weight (0 if there are none), `"sum"` of weight x loss, or `"none"` for
             weight x loss per row.
-        backend: as in `sinkhorn`; without a tolerance, `"native"` is for CPUs.
+        backend: as in `sinkhorn`; without a tolerance `"native"` is for CPUs, and there is no `"triton"`.
         validate: as in `info_nce`.
 
     Returns:
@@ -236,7 +236,7 @@ def _target_kernel(
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
-    lacks = _native_lacks(query.device) if fixed_number else ""
+    lacks = _no_alternation(query.device) if fixed_number else {}
     choose_backend(backend, query, query.shape[1], key.shape[1], lacks)
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
@@ -331,13 +331,14 @@ def _alternation(
 
 def _alternating(cost: Tensor, backend: str) -> Any:
     """The module whose functions alternate."""
-    chosen = choose_backend(backend, cost, cost.shape[1], cost.shape[2], _native_lacks(cost.device))
+    chosen = choose_backend(backend, cost, cost.shape[1], cost.shape[2], _no_alternation(cost.device))
     return native if chosen == "native" else reference
 
 
-def _native_lacks(device: torch.device) -> str:
-    """Why native code does not alternate there; empty where it does."""
-    return "" if device.type == "cpu" else "it has no kernel for a fixed number of iterations there"
+def _no_alternation(device: torch.device) -> dict[str, str]:
+    """Why backends do not alternate there: compiled code does so on CPUs only."""
+    reason = "it has no kernel for a fixed number of iterations there, only for a tolerance"
+    return {"triton": reason} if device.type == "cpu" else {"native": reason, "triton": reason}
 
 
 class _Alternate(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,13 +93,13 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def choose_backend(requested: str, like: Tensor, n: int, m: int, native_lacks: str = "") -> str:
-    """The backend that solves problems of n x m points of tensors like this one, a problem in each of its rows;
-    `native_lacks` says why native code cannot."""
-    native_lacks = native_lacks or native.lacks(like.device, like.dtype, like.shape[0], n, m)
-    return _dispatch.choose(
-        requested, like.device, like.dtype, {"native": native_lacks, "triton": "it has no optimal transport"}
-    )
+def choose_backend(requested: str, like: Tensor, n: int, m: int, lacks: Mapping[str, str] | None = None) -> str:
+    """The backend that solves problems of n x m points of tensors like this one, a problem in each of its rows.
+
+    `lacks` says why a backend cannot although it solves such problems.
+    """
+    obstacles = {"native": native.lacks(like.device, like.dtype, like.shape[0], n, m), **(lacks or {})}
+    return _dispatch.choose(requested, like.device, like.dtype, obstacles)
 
 
 def _cost_kernel(

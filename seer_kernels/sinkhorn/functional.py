@@ -23,8 +23,6 @@ from seer_kernels.sinkhorn.problem import (
     existing,
 )
 
-_BACKENDS = {"reference": reference, "native": native}
-
 
 class ConvergenceWarning(UserWarning):
     """Some problems stopped at `max_iterations` with a marginal error above the tolerance."""
@@ -424,6 +422,16 @@ def _problem(
     )
 
 
+def _backend(requested: str, cost: Tensor) -> Any:
+    """The module to run on costs like these, by the caller's choice of backend."""
+    chosen = choose_backend(requested, cost, cost.shape[1], cost.shape[2])
+    if chosen == "triton":
+        from seer_kernels.sinkhorn import triton_kernels  # takes long to import, and exists on Linux only
+
+        return triton_kernels
+    return {"reference": reference, "native": native}[chosen]
+
+
 def _run(backend: Any, problem: Problem) -> Solution:
     with exact_products(problem.cost.device):
         solution: Solution = backend.solve(problem)
@@ -464,7 +472,7 @@ def _sinkhorn_kernel(
     problem = _problem(
         cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost, max_iterations, tolerance, cost_name, weighted
     )
-    return _run(_BACKENDS[choose_backend(backend, cost, *cost.shape[1:])], problem)
+    return _run(_backend(backend, cost), problem)
 
 
 def _sinkhorn_fake(
@@ -519,7 +527,7 @@ def _gradient_kernel(
         scale_cost,
     )
     arrived = (value_gradient, transport_cost_gradient, f_gradient, g_gradient, scale_gradient)
-    chosen = _BACKENDS[choose_backend(backend, cost, *cost.shape[1:])]
+    chosen = _backend(backend, cost)
     with exact_products(cost.device):
         cotangents = Cotangents(*(None if x is None else x.contiguous() for x in arrived))
         gradients: Gradients = chosen.gradients(problem, f, g, scale, cotangents)
