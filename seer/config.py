@@ -159,16 +159,19 @@ class SeerConfig(TrainingArguments):
         if self.target_layers is not None:
             _check(len(self.target_layers) > 0, "target_layers", "at least one layer", self.target_layers)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the options as YAML that `seer train PATH` accepts: those of this class and what else was given.
+    def options(self) -> dict[str, Any]:
+        """The options of this class and what else was given, as YAML and JSON know them.
 
         What concerns one start only, `overwrite_output_dir` and `resume_from_checkpoint`, is left out.
         """
         wanted = {"output_dir", "seed", *SeerConfig.__annotations__, *self._given}
         wanted -= {"overwrite_output_dir", "resume_from_checkpoint"}
-        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the options as YAML that `seer train PATH` accepts."""
         with atomic_path(path) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(self.options(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _check(condition: bool, option: str, expected: str, value: object) -> None:

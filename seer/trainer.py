@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -22,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
 from seer.errors import InputError
@@ -47,7 +47,7 @@ class Measurement:
     """Layer -> values of the adapted model."""
 
 
-class SeerTrainer(Trainer):
+class SeerTrainer(CheckpointingTrainer):
     """Trains a LoRA adapter so that hidden states gather by concept while the model stays as it was.
 
     A step of B pairs is one forward pass of the adapted model over 2 B rows (3 B with retain texts) and one of the base
@@ -66,8 +66,6 @@ class SeerTrainer(Trainer):
     Raises:
         InputError: layers not found or out of range, no head for the KL term, a concept with a single sample.
     """
-
-    args: SeerConfig
 
     def __init__(
         self,
@@ -133,6 +131,11 @@ class SeerTrainer(Trainer):
             target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
+
+    def data_digests(self) -> dict[str, str]:
+        rows = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
+        concepts = digest([self._pairs.concept_ids.tolist()])
+        return {"concepts_of_texts": concepts, **{name: digest(each) for name, each in rows.items()}}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
