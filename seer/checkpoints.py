@@ -48,6 +48,8 @@ _SAME_ON_RESUME = frozenset(
         "lora_alpha",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "concepts_per_batch",
+        "balance",
         "train_sampling_strategy",
         "dataloader_drop_last",
         "seed",

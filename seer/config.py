@@ -16,6 +16,7 @@ from seer.files import atomic_path
 
 SameLabel = Literal["negative", "ignore", "positive"]
 RetainNormalization = Literal["example", "token"]
+Balance = Literal["frequency", "balanced"]
 
 
 @dataclass
@@ -36,7 +37,8 @@ class SeerConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Texts labelled by concept, with columns prompt, response and concept: a .csv or .jsonl file, or "
-            "the name of a data set on the Hub (its split 'train' is used)."
+            "the name of a data set on the Hub (its split 'train' is used). A text of several concepts has 'a|b' in a "
+            ".csv file, a list elsewhere; any shared one makes a pair."
         },
     )
     retain_data: str | None = field(
@@ -60,6 +62,21 @@ class SeerConfig(TrainingArguments):
     max_length: int = field(
         default=1024,
         metadata={"help": "Longest text in tokens; the rest is cut off. Never more than the window of the model."},
+    )
+
+    concepts_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Different concepts in every batch, each with the same number of pairs; must divide "
+            "--per_device_train_batch_size. Default: as it comes."
+        },
+    )
+    balance: Balance = field(
+        default="frequency",
+        metadata={
+            "help": "How often a concept is drawn: 'frequency', by its number of samples, or 'balanced', as often as "
+            "any other."
+        },
     )
 
     target_layers: list[int] | None = field(
@@ -154,7 +171,16 @@ class SeerConfig(TrainingArguments):
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 up to but not 1", self.lora_dropout)
         for name in ("max_length", "lora_r", "lora_alpha"):
             _check(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
-        for name, choices in (("same_label", SameLabel), ("retain_normalization", RetainNormalization)):
+        if self.concepts_per_batch is not None:
+            _check(self.concepts_per_batch >= 1, "concepts_per_batch", "a whole number >= 1", self.concepts_per_batch)
+        strategies = ("random", "group_by_length")
+        strategy = self.train_sampling_strategy
+        _check(strategy in strategies, "train_sampling_strategy", f"one of {strategies}", strategy)
+        for name, choices in (
+            ("same_label", SameLabel),
+            ("retain_normalization", RetainNormalization),
+            ("balance", Balance),
+        ):
             _check(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}", getattr(self, name))
         if self.target_layers is not None:
             _check(len(self.target_layers) > 0, "target_layers", "at least one layer", self.target_layers)

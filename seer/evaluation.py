@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from seer.data import pad_rows
 from seer.layers import LayerStack, base_model_of, forward_states, last_token, without_dropout
 from seer.losses import kl_to_base
 from seer.prototypes import Prototypes
+from seer.sampling import pad_rows
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
 
+from seer.shared_concepts import info_nce_of_sets
 from seer_kernels import ContrastiveStatistics, info_nce
 
 _CHUNK_ELEMENTS = 2**22  # logits held in float32 at a time: 16 MiB
@@ -26,13 +27,16 @@ def disentangle_loss(
     Args:
         view1: [L, B, D] representations of the first texts at L target layers.
         view2: [L, B, D] of the second texts; pair i is of one concept.
-        concept_ids: (B,) int64.
+        concept_ids: (B,) int64; or (B, 2, C) bool, which concepts both texts of every pair have: any shared one counts.
         temperature: divides the cosines.
         same_label: what another pair of the same concept is: "negative" (the paper), "ignore" or "positive".
 
     Returns:
         The loss, 0-d, and its statistics, each 0-d.
     """
+    if concept_ids.ndim == 3:
+        losses, statistics = info_nce_of_sets(view1, view2, concept_ids, temperature=temperature, same_label=same_label)
+        return losses.mean(), ContrastiveStatistics(*(values.mean() for values in statistics))
     losses, statistics = info_nce(
         view1,
         view2,

@@ -23,12 +23,13 @@ from transformers import (
 
 from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
+from seer.data import ConceptDataset, TextDataset, tokenize
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
 from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
 from seer.losses import disentangle_loss, kl_to_base, retain_loss
 from seer.prototypes import Prototypes
+from seer.sampling import PairCollator, PairDataset, PairSampler, require_contrast
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class SeerTrainer(CheckpointingTrainer):
                 "CUDA_VISIBLE_DEVICES"
             )
         train_dataset.require_pairs()
+        require_contrast(args, len(train_dataset.names))
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
         if args.kl_weight > 0 and lm_head(self.stack) is None:
@@ -105,10 +107,17 @@ class SeerTrainer(CheckpointingTrainer):
         retain_rows = None
         if retain_dataset is not None:
             retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
-        self._pairs = PairDataset(rows, train_dataset.concept_ids, retain_rows)
+        self._pairs = PairDataset(rows, train_dataset.memberships, retain_rows)
         self._tokenizer = processing_class
         self._sampler = PairSampler(
-            train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
+            train_dataset.memberships,
+            args.seed if args.data_seed is None else args.data_seed,
+            len(retain_rows or ()),
+            batch_size=args.train_batch_size,
+            processes=args.world_size,
+            concepts_per_batch=args.concepts_per_batch,
+            balance=args.balance,
+            lengths=[len(row) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
         )
         self._concept_names = train_dataset.names
         self._term_sums: dict[str, Tensor] = {}
@@ -134,7 +143,7 @@ class SeerTrainer(CheckpointingTrainer):
 
     def data_digests(self) -> dict[str, str]:
         rows = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
-        concepts = digest([self._pairs.concept_ids.tolist()])
+        concepts = digest(self._pairs.memberships.astype(int).tolist())
         return {"concepts_of_texts": concepts, **{name: digest(each) for name, each in rows.items()}}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -300,8 +309,8 @@ class SeerTrainer(CheckpointingTrainer):
         )
 
     def _make_prototypes(self, training_states: dict[int, Tensor]) -> Prototypes:
-        concept_ids = torch.from_numpy(self._pairs.concept_ids)
-        return Prototypes.from_representations(training_states, concept_ids, self._concept_names)
+        memberships = torch.from_numpy(self._pairs.memberships)
+        return Prototypes.from_representations(training_states, memberships, self._concept_names)
 
 
 class _SetPairEpoch(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Reading texts, what is refused and how it is said, and the drawing of pairs."""
+"""Reading texts, what is refused and how it is said."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from seer import ConceptDataset, InputError, TextDataset
-from seer.data import PairCollator, PairDataset, PairSampler, Text, tokenize
+from seer.data import Text, tokenize
 
 GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
 
@@ -98,6 +97,40 @@ def test_retain_texts_may_be_plain(tmp_path: Path) -> None:
         TextDataset.load(write(tmp_path / "n.csv", "words\nhello\n"))
 
 
+def test_a_text_may_have_several_concepts(tmp_path: Path) -> None:
+    csv_file = write(tmp_path / "m.csv", "prompt,response,concept\n1,r,b | a\n2,r,a\n3,r,c|b\n4,r,c\n")
+    rows = [["b", "a"], "a", ["c", "b"], "c"]
+    lines = [json.dumps({"prompt": str(i + 1), "response": "r", "concept": each}) for i, each in enumerate(rows)]
+    for file in (csv_file, write(tmp_path / "m.jsonl", "\n".join(lines))):
+        dataset = ConceptDataset.load(file)
+        assert dataset.names == ["a", "b", "c"]
+        assert dataset.memberships.tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]
+        assert dataset.concepts == ["b", "a", "c", "c"]
+        assert dataset.concept_ids.tolist() == [1, 0, 2, 2]
+        dataset.require_pairs()
+    as_it_stands = ConceptDataset.load(write(tmp_path / "s.jsonl", lines[0].replace('["b", "a"]', '"b|a"')))
+    assert as_it_stands.names == ["b|a"]
+    for cell, message in {
+        "a|": "expected a name, got nothing",
+        "a|d": r"expected one of \['a', 'b', 'c'\], got 'd'",
+    }.items():
+        with pytest.raises(InputError, match=rf"e\.csv:2: column concept: {message}"):
+            ConceptDataset.load(write(tmp_path / "e.csv", f"prompt,response,concept\n1,r,{cell}\n"), ["a", "b", "c"])
+    for cell in ("[]", '["a", ""]'):
+        with pytest.raises(InputError, match=r"e\.jsonl:1: column concept: expected a name, got nothing"):
+            ConceptDataset.load(write(tmp_path / "e.jsonl", f'{{"prompt": "p", "response": "r", "concept": {cell}}}'))
+
+
+def test_a_concept_that_is_always_named_second_keeps_two_samples_for_training() -> None:
+    concepts = [["a", "z"], ["a", "z"], ["a", "z"], *["a"] * 6]
+    dataset = ConceptDataset([Text(str(i), "r") for i in range(9)], concepts)
+    for seed in range(8):
+        training, held_out = dataset.split(0.7, seed)
+        assert training.memberships[:, 1].sum() >= 2
+        assert len(training) + len(held_out) == 9
+        assert training.names == held_out.names == ["a", "z"]
+
+
 def test_split_is_stratified_and_decided_by_the_seed() -> None:
     concepts = ["a"] * 20 + ["b"] * 10 + ["c"] * 3 + ["d"] * 2
     dataset = ConceptDataset([Text(str(i), "r", str(i)) for i in range(35)], concepts)
@@ -157,37 +190,3 @@ def test_text_without_tokens_is_refused(tokenizer, monkeypatch) -> None:
     tokenizer_without_words.chat_template = None
     with pytest.raises(InputError, match=r"here:7: expected text that the tokenizer knows"):
         tokenize(tokenizer_without_words, [Text("a", None, "here:7")], 8)
-
-
-IDS = np.array([0, 0, 1, 1, 1, 0, 2, 2])
-
-
-def test_pairs_are_two_samples_of_one_concept_and_every_sample_leads_once() -> None:
-    seen = set()
-    sampler = PairSampler(IDS, seed=0)
-    for epoch in range(20):
-        sampler.set_epoch(epoch)
-        pairs = list(sampler)
-        assert sorted(first for first, _ in pairs) == list(range(8))
-        assert all(first != second and IDS[first] == IDS[second] for first, second in pairs)
-        seen.update(pairs)
-    assert len(seen) == 3 * 2 + 3 * 2 + 2  # every ordered pair that exists
-
-
-def test_pairs_depend_on_seed_and_epoch_alone() -> None:
-    sampler, other = PairSampler(IDS, seed=1, retain_size=3), PairSampler(IDS, seed=1, retain_size=3)
-    first = list(sampler)
-    assert list(sampler) == first == list(other)
-    other.set_epoch(1)
-    assert list(other) != first
-    assert list(PairSampler(IDS, seed=2, retain_size=3)) != first
-    assert {retain for _, _, retain in first} == {0, 1, 2}
-
-
-def test_batch_layout() -> None:
-    rows, retain = [[1], [2, 3], [4, 5, 6]], [[7, 8]]
-    data = PairDataset(rows, np.array([0, 0, 0]), retain)
-    batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
-    assert batch["concept_ids"].tolist() == [0, 0]
-    assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
-    assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]
