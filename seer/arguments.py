@@ -39,6 +39,7 @@ _SECTIONS = {
         "concepts",
         "held_out_share",
         "max_length",
+        "truncation",
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",

@@ -42,6 +42,7 @@ _SAME_ON_RESUME = frozenset(
         "concepts",
         "held_out_share",
         "max_length",
+        "truncation",
         "target_layers",
         "layers_path",
         "lora_r",

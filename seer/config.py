@@ -17,6 +17,7 @@ from seer.files import atomic_path
 SameLabel = Literal["negative", "ignore", "positive"]
 RetainNormalization = Literal["example", "token"]
 Balance = Literal["frequency", "balanced"]
+Truncation = Literal["end", "middle", "refuse"]
 
 
 @dataclass
@@ -61,7 +62,14 @@ class SeerConfig(TrainingArguments):
     )
     max_length: int = field(
         default=1024,
-        metadata={"help": "Longest text in tokens; the rest is cut off. Never more than the window of the model."},
+        metadata={"help": "Longest text in tokens. Never more than the window of the model."},
+    )
+    truncation: Truncation = field(
+        default="end",
+        metadata={
+            "help": "What a text that is too long loses: 'end', the end of its response, then of its request; "
+            "'middle', the middle of its request, then the end of its response; 'refuse': it is an error."
+        },
     )
 
     concepts_per_batch: int | None = field(
@@ -180,6 +188,7 @@ class SeerConfig(TrainingArguments):
             ("same_label", SameLabel),
             ("retain_normalization", RetainNormalization),
             ("balance", Balance),
+            ("truncation", Truncation),
         ):
             _check(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}", getattr(self, name))
         if self.target_layers is not None:

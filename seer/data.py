@@ -260,37 +260,66 @@ def _read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{name}, row {index}", {key: decoders[key](v) if key in decoders else v for key, v in row.items()}
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[list[int]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, truncation: str = "end"
+) -> list[list[int]]:
     """Token ids of every text: in the tokenizer's chat template, or else request, empty line, response.
 
-    A text that is too long loses the end of its response, then of its request, but never what the template puts around
-    them: the last token, whose state represents the text, means the same in every text.
+    A text that is too long is shortened before the template is applied: the last token, whose state represents the
+    text, means the same in every text. What is unusual about the texts is said in one warning each, with a count.
 
     Args:
-        tokenizer: any tokenizer; it is said once if it has no chat template.
+        tokenizer: any tokenizer.
         texts: N texts.
-        max_length: tokens that a text may have; how many were cut is said in a warning.
+        max_length: tokens that a text may have.
+        truncation: what a text that is too long loses: "end", the end of its response, then of its request; "middle",
+            the middle of its request, then the end of its response; "refuse": it is an error. Plain text loses its end.
 
     Raises:
         InputError: the chat template refuses a text, a text has no token, or `max_length` has no room for the template;
-            names the source of the text.
+            names the source of the text. With "refuse", also a text that is too long.
     """
     if tokenizer.chat_template is None and any(text.response is not None for text in texts):
         logger.warning("The tokenizer has no chat template: request and response are joined by an empty line.")
-    rows: list[list[int]] = []
-    cut = 0
-    for text in texts:
-        ids = _token_ids(tokenizer, text)
-        cut += len(ids) > max_length
-        while len(ids) > max_length:
-            text = _shorten(tokenizer, text, len(ids) - max_length)
-            ids = _token_ids(tokenizer, text)
+    silent = sum(text.response is not None and not text.response.strip() for text in texts)
+    if silent:
+        logger.warning("%d of %d texts have an empty response: their request stands for them.", silent, len(texts))
+    rows = [_token_ids(tokenizer, text) for text in texts]
+    for text, ids in zip(texts, rows, strict=True):
         if not ids:
             raise InputError(f"{text.source}: expected text that the tokenizer knows, got no token at all")
-        rows.append(ids)
-    if cut:
-        logger.warning("%d of %d texts are longer than %d tokens and were cut.", cut, len(texts), max_length)
+    too_long = [index for index, ids in enumerate(rows) if len(ids) > max_length]
+    if too_long and truncation == "refuse":
+        raise InputError(
+            f"{texts[too_long[0]].source}: expected at most {max_length} tokens (--max_length, the window of the model "
+            f"or of the tokenizer), got {len(rows[too_long[0]])}; {len(too_long)} of {len(texts)} texts are too long, "
+            "and --truncation is refuse"
+        )
+    for index in too_long:
+        text = texts[index]
+        while len(rows[index]) > max_length:
+            text = _shorten(tokenizer, text, len(rows[index]) - max_length, truncation)
+            rows[index] = _token_ids(tokenizer, text)
+    if too_long:
+        logger.warning("%d of %d texts are longer than %d tokens and were cut.", len(too_long), len(texts), max_length)
     return rows
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up short rows, which no layer gets to see: any will do where the tokenizer has none."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    substitute = tokenizer.eos_token_id or 0
+    logger.warning("The tokenizer has no pad token: token %d fills up short rows, behind the mask.", substitute)
+    return substitute
+
+
+def warn_of_shared_texts(rows: Sequence[list[int]], training_rows: Sequence[list[int]], what: str, why: str) -> None:
+    """Say how many texts are also among those that concepts are learned from."""
+    training = set(map(tuple, training_rows))
+    shared = sum(tuple(row) in training for row in rows)
+    if shared:
+        logger.warning("%d of %d %s are also among the training texts: %s.", shared, len(rows), what, why)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
@@ -308,12 +337,29 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
     return ids
 
 
-def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int) -> Text:
-    """Take some `excess` tokens, at least one, from the end of the response, or once that is empty of the request."""
+def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int, truncation: str) -> Text:
+    """Take some `excess` tokens, at least one, from the part of the text whose turn it is."""
+
+    def tokens(content: str) -> list[int]:
+        ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids))
+
+    request = tokens(text.prompt)
+    if truncation == "middle" and text.response is not None and len(request) > 2:
+        keep = max(2, len(request) - excess)
+        head, tail = request[: (keep + 1) // 2], request[len(request) - keep // 2 :]
+        shorter = f"{decode(head).rstrip()} {decode(tail).lstrip()}"
+        if len(shorter) >= len(text.prompt):  # a round trip through tokens may add characters
+            middle = len(text.prompt) // 2
+            shorter = text.prompt[:middle] + text.prompt[middle + 1 :]
+        return text._replace(prompt=shorter)
     content = text.response or text.prompt
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    shorter = str(tokenizer.decode(ids[: max(0, len(ids) - excess)]))
-    if len(shorter) >= len(content):  # a round trip through tokens may add characters
+    ids = tokens(content)
+    shorter = decode(ids[: max(0, len(ids) - excess)])
+    if len(shorter) >= len(content):
         shorter = content[:-1]
     text = text._replace(response=shorter) if text.response else text._replace(prompt=shorter)
     if not text.prompt and not text.response:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,7 +24,7 @@ from transformers import (
 
 from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, TextDataset, tokenize
+from seer.data import ConceptDataset, TextDataset, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
 from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
@@ -101,14 +102,18 @@ class SeerTrainer(CheckpointingTrainer):
 
         limits = (args.max_length, processing_class.model_max_length, _window(self.stack.root))
         self._max_length = min(limit for limit in limits if limit is not None)
-        pad_token_id = processing_class.pad_token_id
-        self._pad_token_id = 0 if pad_token_id is None else pad_token_id  # masked, so any token will do
-        rows = tokenize(processing_class, train_dataset.texts, self._max_length)
+        self._pad_token_id = pad_token_id(processing_class)
+        self._tokenizer = processing_class
+        self._truncation = args.truncation
+        self._tokenized: WeakKeyDictionary[TextDataset, list[list[int]]] = WeakKeyDictionary()
+        rows = self._rows(train_dataset)
         retain_rows = None
         if retain_dataset is not None:
-            retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
+            retain_rows = self._rows(retain_dataset)
+            warn_of_shared_texts(retain_rows, rows, "retain texts", "they are held where they were and moved at once")
+        if isinstance(eval_dataset, ConceptDataset) and eval_dataset is not train_dataset:
+            warn_of_shared_texts(self._rows(eval_dataset), rows, "held-out texts", "figures on them flatter")
         self._pairs = PairDataset(rows, train_dataset.memberships, retain_rows)
-        self._tokenizer = processing_class
         self._sampler = PairSampler(
             train_dataset.memberships,
             args.seed if args.data_seed is None else args.data_seed,
@@ -254,8 +259,7 @@ class SeerTrainer(CheckpointingTrainer):
                 f"dataset: expected the concepts {self._concept_names} as in training, got {dataset.names}"
             )
         training = self._encode_training()
-        rows = tokenize(self._tokenizer, dataset.texts, self._max_length)
-        held_out = self._encode(rows, with_kl=lm_head(self.stack) is not None)
+        held_out = self._encode(self._rows(dataset), with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 
         def separations(states: dict[int, Tensor], prototypes: Prototypes) -> dict[int, Separation]:
@@ -293,6 +297,12 @@ class SeerTrainer(CheckpointingTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _rows(self, dataset: TextDataset) -> list[list[int]]:
+        """Token ids; made, and remarked upon, once per data set."""
+        if dataset not in self._tokenized:
+            self._tokenized[dataset] = tokenize(self._tokenizer, dataset.texts, self._max_length, self._truncation)
+        return self._tokenized[dataset]
 
     def _encode_training(self) -> Encoding:
         return self._encode(self._pairs.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from seer import ConceptDataset, InputError, TextDataset
-from seer.data import Text, tokenize
+from seer.data import Text, pad_token_id, tokenize
 
 GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
 
@@ -177,6 +178,49 @@ def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> No
     assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
     with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
         tokenize(tokenizer, [text], 2)
+
+
+def test_long_requests_may_lose_their_middle(tokenizer, monkeypatch, caplog) -> None:
+    request = "name a cat dog cow sheep goat horse is one"
+    text = Text(request, "iron tin", "s")
+    whole = tokenize(tokenizer, [text], 64)[0]
+    with caplog.at_level(logging.WARNING):
+        (row,) = tokenize(tokenizer, [text], len(whole) - 4, "middle")
+    assert "1 of 1 texts are longer than 12 tokens and were cut." in caplog.text
+    assert row == tokenize(tokenizer, [Text("name a cat horse is one", "iron tin", "s")], 64)[0]
+    # When two words are left of the request, the end of the response goes.
+    (row,) = tokenize(tokenizer, [text], len(whole) - 9, "middle")
+    assert row == tokenize(tokenizer, [Text("name one", "iron", "s")], 64)[0]
+    with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
+        tokenize(tokenizer, [text], 2, "middle")
+    assert tokenize(tokenizer, [Text("cat dog cow", None, "s")], 2, "middle") == tokenize(
+        tokenizer, [Text("cat dog", None, "s")], 2
+    )
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "longer than before" * len(ids))  # a tokenizer may do that
+    assert len(tokenize(tokenizer, [text], 10, "middle")[0]) <= 10
+
+
+def test_long_texts_may_be_refused(tokenizer) -> None:
+    texts = [Text("a", "cat", "s:2"), Text("a", "cat " * 20, "s:3"), Text("a", "dog " * 30, "s:4")]
+    with pytest.raises(InputError, match=r"s:3: expected at most 12 tokens .* got 25; 2 of 3 texts are too long"):
+        tokenize(tokenizer, texts, 12, "refuse")
+    assert tokenize(tokenizer, texts[:1], 12, "refuse") == tokenize(tokenizer, texts[:1], 12)
+
+
+def test_empty_responses_are_counted(tokenizer, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenize(tokenizer, [Text("a", "cat"), Text("a", ""), Text("one", " "), Text("dog")], 64)
+    assert "2 of 4 texts have an empty response: their request stands for them." in caplog.text
+
+
+def test_without_pad_token_another_is_taken_and_it_is_said(tokenizer, caplog) -> None:
+    assert pad_token_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+    assert f"The tokenizer has no pad token: token {tokenizer.eos_token_id} fills up" in caplog.text
+    tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) == 0
 
 
 def test_long_plain_texts_are_cut_at_the_end(tokenizer, monkeypatch) -> None:
