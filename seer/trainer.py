@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +26,7 @@ from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
-from seer.evaluation import Encoding, Separation, encode, separation
+from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
 from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
 from seer.losses import disentangle_loss, kl_to_base, retain_loss
 from seer.prototypes import Prototypes
@@ -47,6 +47,8 @@ class Measurement:
     """Layer -> values of the base model, with prototypes of its own."""
     after: dict[int, Separation]
     """Layer -> values of the adapted model."""
+    by_concept: dict[int, dict[str, Separation]]
+    """Layer -> concept -> values of its held-out samples under the adapted model."""
 
 
 class SeerTrainer(CheckpointingTrainer):
@@ -150,6 +152,34 @@ class SeerTrainer(CheckpointingTrainer):
         rows = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
         concepts = digest(self._pairs.memberships.astype(int).tolist())
         return {"concepts_of_texts": concepts, **{name: digest(each) for name, each in rows.items()}}
+
+    @property
+    def training_rows(self) -> Sequence[list[int]]:
+        """Token ids of the training texts."""
+        return self._pairs.rows
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def decode(self, index: int) -> str:
+        """A training text as the model reads it."""
+        return str(self._tokenizer.decode(self._pairs.rows[index]))
+
+    def largest_batch(self) -> dict[str, Tensor]:
+        """The batch with the most tokens that the data can make: the longest texts, padded to the longest of them."""
+
+        def longest(rows: Sequence[list[int]], count: int) -> list[int]:
+            order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+            return [order[place % len(order)] for place in range(count)]
+
+        pairs = self.args.train_batch_size
+        first = longest(self._pairs.rows, pairs)
+        columns = [first, first]
+        if self._pairs.retain_rows is not None:
+            columns.append(longest(self._pairs.retain_rows, pairs))
+        batch: dict[str, Tensor] = self.data_collator([self._pairs[index] for index in zip(*columns, strict=True)])
+        return batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
@@ -271,6 +301,10 @@ class SeerTrainer(CheckpointingTrainer):
             encoding=held_out,
             before=separations(held_out.before, self._make_prototypes(training.before)),
             after=separations(held_out.after, prototypes),
+            by_concept={
+                layer: separation_by_concept(held_out.after[layer], concept_ids, prototypes, layer)
+                for layer in self.target_layers
+            },
         )
 
     def evaluate(  # type: ignore[override]
@@ -282,16 +316,15 @@ class SeerTrainer(CheckpointingTrainer):
         """Measure the adapted model on held-out samples; every value is the mean over target layers.
 
         Returns:
-            `<prefix>_same_concept_cosine`, `<prefix>_different_concept_cosine`, `<prefix>_nearest_prototype_accuracy`
-            and, for a model with a language-model head, `<prefix>_kl_to_base` in nats per token.
+            `<prefix>_same_concept_cosine`, `<prefix>_different_concept_cosine`, `<prefix>_nearest_prototype_accuracy`,
+            each also as `<name>/<concept>` for the samples of one concept, and, for a model with a language-model head,
+            `<prefix>_kl_to_base` in nats per token.
         """
         measurement = self.measure(eval_dataset)
-        by_layer = [asdict(values) for values in measurement.after.values()]
-        metrics = {
-            f"{metric_key_prefix}_{name}": sum(values[name] for values in by_layer) / len(by_layer)
-            for name, first in by_layer[0].items()
-            if first is not None
-        }
+        metrics = _mean_over_layers(metric_key_prefix, "", measurement.after.values())
+        for concept in next(iter(measurement.by_concept.values())):
+            of_concept = [values[concept] for values in measurement.by_concept.values()]
+            metrics |= _mean_over_layers(metric_key_prefix, f"/{concept}", of_concept)
         if measurement.encoding.kl is not None:
             metrics[f"{metric_key_prefix}_kl_to_base"] = measurement.encoding.kl
         self.log(dict(metrics))
@@ -333,6 +366,15 @@ class _SetPairEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _mean_over_layers(prefix: str, suffix: str, layers: Iterable[Separation]) -> dict[str, float]:
+    by_layer = [asdict(values) for values in layers]
+    return {
+        f"{prefix}_{name}{suffix}": sum(values[name] for values in by_layer) / len(by_layer)
+        for name, first in by_layer[0].items()
+        if first is not None
+    }
 
 
 def _window(model: PreTrainedModel) -> int | None:
