@@ -114,21 +114,13 @@ def run_training(
         "training": {"steps": outcome.global_step, "seconds": round(outcome.metrics["train_runtime"], 1)},
         "versions": {name: version(name) for name in _PACKAGES},
     }
+    try:
+        _save_adapter(trainer, output_dir)
+        if config.should_save:
+            _write_results(trainer, training, prototypes, metrics, output_dir)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}") from error
     if config.should_save:
-        try:
-            _save_adapter(trainer, output_dir)
-            prototypes.save(output_dir / "prototypes.safetensors")
-            with atomic_path(output_dir / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            curves = plot_learning_curves(trainer.state.log_history, output_dir / "learning_curves.png")
-            counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
-            with atomic_path(output_dir / "README.md") as temporary:
-                card = model_card(config, metrics, counts=counts, pictures=[] if curves is None else [curves.name])
-                temporary.write_text(card, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise RunStopped(
-                f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}"
-            ) from error
         if measurement is not None:
             Console().print(_table(measurement, len(held_out or ())))
         Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
@@ -269,13 +261,29 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
 
 
 def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
-    """Write the adapter and the tokenizer; each file appears whole or not at all."""
+    """Write the adapter and the tokenizer; each file appears whole or not at all. All processes take part."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers what is sharded
+    if not trainer.args.should_save:
+        return
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(temporary, save_embedding_layers=False)  # they are never trained
+        model.save_pretrained(temporary, state_dict=weights, save_embedding_layers=False)  # they are never trained
         trainer.tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)
+
+
+def _write_results(
+    trainer: SeerTrainer, training: ConceptDataset, prototypes: Prototypes, metrics: dict[str, Any], output_dir: Path
+) -> None:
+    prototypes.save(output_dir / "prototypes.safetensors")
+    with atomic_path(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    curves = plot_learning_curves(trainer.state.log_history, output_dir / "learning_curves.png")
+    counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
+    pictures = [] if curves is None else [curves.name]
+    with atomic_path(output_dir / "README.md") as temporary:
+        temporary.write_text(model_card(trainer.args, metrics, counts=counts, pictures=pictures), encoding="utf-8")
 
 
 def _as_metrics(measurement: Measurement) -> dict[str, Any]:
