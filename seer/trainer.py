@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -27,7 +28,7 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
-from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
+from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head, without_dropout
 from seer.losses import disentangle_loss, kl_to_base, retain_loss
 from seer.prototypes import Prototypes
 from seer.sampling import PairCollator, PairDataset, PairSampler, require_contrast
@@ -136,7 +137,7 @@ class SeerTrainer(CheckpointingTrainer):
             train_dataset=self._pairs,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
+            callbacks=[_FirstPassWithAdapter(), _SetPairEpoch(self._sampler), *(callbacks or [])],
         )
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
@@ -354,6 +355,24 @@ class SeerTrainer(CheckpointingTrainer):
     def _make_prototypes(self, training_states: dict[int, Tensor]) -> Prototypes:
         memberships = torch.from_numpy(self._pairs.memberships)
         return Prototypes.from_representations(training_states, memberships, self._concept_names)
+
+
+class _FirstPassWithAdapter(TrainerCallback):
+    """FSDP settles which parameters are trained, and their dtypes, at the first forward pass. That must not be the one
+    of the base model, in which the adapter is disabled."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, FSDPModule):
+            one_token = torch.ones(1, 1, dtype=torch.int64, device=args.device)
+            with torch.no_grad(), without_dropout(model):
+                model(input_ids=one_token, attention_mask=one_token)
 
 
 class _SetPairEpoch(TrainerCallback):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import make_dataset, make_tokenizer, random_model
 from transformers import TrainerCallback
@@ -46,7 +47,8 @@ def shard_on_the_cpu() -> None:
 def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, **options: Any) -> SeerTrainer:
     config = SeerConfig(output_dir=str(folder), **{**OPTIONS, **options})
     shard_on_the_cpu()
-    return SeerTrainer(random_model("llama"), config, make_dataset(), make_tokenizer(), callbacks=callbacks)
+    model = random_model("llama").to(torch.bfloat16 if config.bf16 else torch.float32)
+    return SeerTrainer(model, config, make_dataset(), make_tokenizer(), callbacks=callbacks)
 
 
 class SigtermOnOneRank(TrainerCallback):
@@ -71,8 +73,13 @@ def run(out: Path, model: str, data: str) -> None:
     trainer = make_trainer(out / "exact")
     trainer.train()
     trainer.save_model(str(out / "exact" / "adapter"))
+    AcceleratorState._reset_state()  # which holds one precision per process
+    in_bfloat16 = make_trainer(out / "bfloat16", bf16=True, max_steps=4)
+    in_bfloat16.train()
     if trainer.accelerator.is_main_process:
         facts = {
+            "bfloat16": in_bfloat16.state.log_history,
+            "dtypes": sorted({str(p.dtype) for p in in_bfloat16.model.parameters() if p.requires_grad}),
             "stopped_after": stopped_after,
             "processes": trainer.args.world_size,
             "wrapper": type(trainer.model_wrapped).__name__,
@@ -80,6 +87,7 @@ def run(out: Path, model: str, data: str) -> None:
         }
         (out / "facts.json").write_text(json.dumps(facts))
 
+    AcceleratorState._reset_state()
     files = ["--model", model, "--data", data, "--output_dir", str(out / "command")]
     code = main(["train", *files, *(word for name, value in OPTIONS.items() for word in (f"--{name}", str(value)))])
     assert code == 0

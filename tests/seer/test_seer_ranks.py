@@ -75,6 +75,11 @@ def test_two_ranks_train_what_one_process_trains(
     for name, value in whole.items():
         assert torch.equal(stopped[name], value), name
 
+    # A frozen model in bfloat16 under an adapter in float32, which is how models are loaded on GPUs.
+    assert facts["dtypes"] == ["torch.float32"]
+    for ours, theirs in zip(facts["bfloat16"][:4], history[1], strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1, abs=0.1)
+
     written = adapter(tmp_path / "command")
     assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in expected.items()}
     assert json.loads((tmp_path / "command" / "metrics.json").read_text())["training"]["steps"] == STEPS
