@@ -366,7 +366,7 @@ class _FirstPassWithAdapter(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, FSDPModule):
