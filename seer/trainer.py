@@ -369,7 +369,8 @@ class _FirstPassWithAdapter(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(model, FSDPModule):
+        is_sharded = isinstance(model, FSDPModule)
+        if is_sharded:
             one_token = torch.ones(1, 1, dtype=torch.int64, device=args.device)
             with torch.no_grad(), without_dropout(model):
                 model(input_ids=one_token, attention_mask=one_token)
