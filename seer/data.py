@@ -98,7 +98,7 @@ class ConceptDataset(TextDataset):
     memberships: np.ndarray
     """[N, C] bool: which concepts a text has."""
     concept_ids: np.ndarray
-    """(N,) int64: the first concept that was named for the text, index into `names`."""
+    """(N,) int64: the first concept that was named for the text, index into `names`. Held-out figures go by it."""
 
     def __init__(
         self, texts: Sequence[Text], concepts: Sequence[str | Sequence[str]], names: Sequence[str] | None = None

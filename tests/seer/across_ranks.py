@@ -95,6 +95,10 @@ def run(out: Path, model: str, data: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # Older versions of transformers want the optimiser of a rank on "cpu:0", of which torch has not heard.
+    torch.serialization.register_package(
+        0, lambda _: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
     run(Path(sys.argv[1]), *sys.argv[2:])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
