@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from seer.data import pad_rows
-from seer.layers import LayerStack, base_model_of, forward_states, last_token, without_dropout
+from seer.layers import Head, LayerStack, base_model_of, forward_states, last_token, without_dropout
 from seer.losses import kl_to_base
 from seer.prototypes import Prototypes
 
@@ -71,16 +71,17 @@ def encode(
         batch = pad_rows([rows[index] for index in longest_first[start : start + batch_size]], pad_token_id)
         inputs = {name: values.to(device) for name, values in batch.items()}
         mask = inputs["attention_mask"]
-        logits_at = mask.bool() if with_kl else None
+        head_at = mask.bool() if with_kl else None
         with base_model_of(model):
-            reference = forward_states(model, inputs, stack, logits_at)
+            reference = forward_states(model, inputs, stack, head_at)
         with without_dropout(model):
-            adapted = forward_states(model, inputs, stack, logits_at)
+            adapted = forward_states(model, inputs, stack, head_at)
         for states, collected in ((reference, before), (adapted, after)):
             collected.append(torch.stack([last_token(states.layers[layer], mask) for layer in layers]).float().cpu())
-        if adapted.logits is not None and reference.logits is not None:
-            divergence += float(kl_to_base(adapted.logits, reference.logits)) * len(adapted.logits)
-            tokens += len(adapted.logits)
+        if adapted.head_inputs is not None and reference.head_inputs is not None:
+            head = Head(stack)
+            divergence += float(kl_to_base(head, adapted.head_inputs, head, reference.head_inputs).sum())
+            tokens += len(adapted.head_inputs)
 
     in_order = torch.tensor(longest_first).argsort()
 

@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from seer.errors import InputError
 
@@ -107,16 +109,62 @@ class HiddenStates:
     """[R, T, D] input of the first layer."""
     layers: list[Tensor] = field(default_factory=list)
     """Output of every layer, each [R, T, D]."""
-    logits: Tensor | None = None
-    """[K, V] at the K chosen tokens, in row order; None where none were asked for."""
+    head_inputs: Tensor | None = None
+    """[K, D], what the head reads at the K chosen tokens, in row order; None where none were asked for."""
 
     def all(self) -> list[Tensor]:
         """Embeddings and every layer."""
         return [self.embeddings, *self.layers]
 
 
+class Head:
+    """The part of a model behind its last layer norm: states [K, D] to next-token logits [K, V].
+
+    It runs the model's own forward with its body left out, so that whatever else the model does to its logits
+    (scaling, capping) is done here too.
+
+    Args:
+        stack: of a model with a language-model head.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        self.root = stack.root
+
+    def __call__(self, states: Tensor) -> Tensor:
+        body = self.root.base_model
+        original = vars(body).get("forward")
+        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
+        try:
+            logits: Tensor = self.root().logits.squeeze(0)
+        finally:
+            del body.forward
+            if original is not None:
+                body.forward = original
+        return logits
+
+    @torch.no_grad()
+    def check(self, stack: LayerStack) -> None:
+        """Raise InputError unless this gives the logits that the model gives; costs a pass of one token."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=next(self.root.parameters()).device)
+        inputs = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        with without_dropout(self.root):
+            expected = self.root(**inputs).logits[0]
+            states = forward_states(self.root, inputs, stack, head_at=inputs["attention_mask"].bool()).head_inputs
+            problem = "its head reads no hidden states"
+            try:
+                if states is not None and torch.allclose(self(states), expected, rtol=1e-2, atol=1e-2):
+                    return
+                problem = "they differ"
+            except Exception as error:  # a model that does not keep its body in `base_model` may fail anywhere
+                problem = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"--kl_weight: expected 0 for {type(self.root).__name__}, whose logits cannot be computed from its last "
+            f"hidden states alone ({problem})"
+        )
+
+
 def forward_states(
-    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, logits_at: Tensor | None = None
+    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, head_at: Tensor | None = None
 ) -> HiddenStates:
     """Run `model` once and return its hidden states.
 
@@ -124,12 +172,12 @@ def forward_states(
         model: the model of `stack` in whatever wrapping (peft, DistributedDataParallel).
         inputs: keyword arguments of the model: `input_ids` and `attention_mask` (R, T), and what else it takes.
         stack: its layers.
-        logits_at: (R, T) bool, the tokens whose logits are wanted. Only these go through the head: at 128k tokens of
-            vocabulary it is a good part of the pass, and padding and second views have no use for it.
+        head_at: (R, T) bool, the tokens at which the input of the head is wanted. The head itself does not run: at
+            128k tokens of vocabulary its output is larger than all states together.
     """
     captured: dict[int, Tensor] = {}
     embeddings: list[Tensor] = []
-    logits: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     rows = inputs["attention_mask"].shape
 
     def on_first_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,13 +190,12 @@ def forward_states(
         return hook
 
     def on_head_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        chosen = inputs["attention_mask"].new_zeros(rows).bool() if logits_at is None else logits_at
-        return (args[0][chosen], *args[1:])
+        if head_at is not None:
+            head_inputs.append(args[0][head_at])
+        return (args[0][:0], *args[1:])
 
-    def on_output(_: nn.Module, __: Any, output: Any) -> Tensor:
-        logits.extend([] if logits_at is None else [output.logits])
-        # Mixed precision turns what a model returns into float32: the logits must not get there. The deepest hidden
-        # state still shows wrappers the whole graph of the trained parameters.
+    def on_output(*_: Any) -> Tensor:
+        # Wrappers find the graph of the trained parameters in what a model returns.
         return captured[len(stack.layers) - 1]
 
     with ExitStack() as hooks:
@@ -168,7 +215,7 @@ def forward_states(
                 f"layer {index} of {stack.path} gave states of shape {tuple(states.shape)}; expected (rows, tokens, "
                 f"features) with rows and tokens {tuple(rows)}"
             )
-    return HiddenStates(embeddings[0], layers, logits[0] if logits else None)
+    return HiddenStates(embeddings[0], layers, head_inputs[0] if head_inputs else None)
 
 
 def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -5,15 +5,18 @@ Source: Chen et al., arXiv 2502.05242; where its text and its code differ, the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 
 from seer_kernels import ContrastiveStatistics, info_nce
+
+Head: TypeAlias = Callable[[Tensor], Tensor]
+"""The part of a model that turns states [k, D] into logits [k, V]."""
 
 _CHUNK_ELEMENTS = 2**22  # logits held in float32 at a time: 16 MiB
 
@@ -80,50 +83,58 @@ def retain_loss(
     return per_example.mean() * (layer_share / 100)
 
 
-def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """L_kl: KL(p_base || p_adapted) over the full vocabulary in nats, mean over tokens.
+def kl_to_base(
+    head: Head, states: Tensor, reference_head: Head, reference_states: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    """How far the next-token distribution moved from the base model's, token by token.
 
-    The paper's text speaks of a distance of the two distributions; its code takes the label token only. This is the
-    distance. Float32 copies of the logits exist for a few tokens at a time only.
+    By default KL(p_base || p_adapted) over the full vocabulary, in nats: the paper's text speaks of a distance of the
+    two distributions. With labels, the form of the paper's code: -p_base(y) log p_adapted(y) of the label y alone.
+
+    Logits exist for a few tokens at a time only; the backward pass computes them once more.
 
     Args:
-        logits: [K, V] of the adapted model at K > 0 tokens; gets a gradient.
-        reference_logits: [K, V] of the base model; gets none.
+        head: maps states [k, D] to logits [k, V].
+        states: [K, D], what the head of the adapted model reads at K tokens; get a gradient, and so does the head.
+        reference_head: that of the base model; gets no gradient.
+        reference_states: [K, D] of the base model.
+        labels: (K,) int64, the tokens that follow.
 
     Returns:
-        0-d, float32 (float64 for float64 logits).
+        (K,), float32 (float64 for float64 logits).
     """
-    loss: Tensor = _ChunkedKL.apply(logits, reference_logits)  # type: ignore[no-untyped-call]
-    return loss
+    with torch.no_grad():
+        vocabulary = head(states[:1]).shape[-1]
+    rows = max(1, _CHUNK_ELEMENTS // vocabulary)
+    starts = range(0, len(states), rows)
+    divergences = [
+        checkpoint(
+            _divergence,
+            head,
+            states[start : start + rows],
+            reference_head,
+            reference_states[start : start + rows],
+            None if labels is None else labels[start : start + rows],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in starts
+    ]
+    return torch.cat(divergences)
 
 
-class _ChunkedKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, reference_logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, reference_logits)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_zeros((), dtype=dtype)
-        for adapted, reference in _chunks(logits, reference_logits):
-            total += kl_div(
-                log_softmax(adapted, -1, dtype=dtype),
-                log_softmax(reference, -1, dtype=dtype),
-                reduction="sum",
-                log_target=True,
-            )
-        return total / len(logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, reference_logits = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for adapted, reference, out in _chunks(logits, reference_logits, result):
-            difference = adapted.softmax(-1, dtype=gradient.dtype) - reference.softmax(-1, dtype=gradient.dtype)
-            out.copy_(difference.mul_(gradient / len(logits)))
-        return result, None
+def _divergence(
+    head: Head, states: Tensor, reference_head: Head, reference_states: Tensor, labels: Tensor | None
+) -> Tensor:
+    """`kl_to_base` of so few tokens that their logits may be held in float32."""
+    with torch.no_grad():
+        base = _log_probabilities(reference_head(reference_states))  # [k, V]
+    adapted = _log_probabilities(head(states))
+    if labels is None:
+        return kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
+    own = labels.unsqueeze(-1)
+    return -(base.gather(-1, own).exp() * adapted.gather(-1, own)).squeeze(-1)
 
 
-def _chunks(*tensors: Tensor) -> Any:
-    """Walk through [K, V] tensors side by side, a few rows at a time."""
-    rows = max(1, _CHUNK_ELEMENTS // tensors[0].shape[1])
-    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))

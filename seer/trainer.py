@@ -26,7 +26,7 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
+from seer.layers import Head, base_model_of, find_layers, forward_states, last_token, lm_head
 from seer.losses import disentangle_loss, kl_to_base, retain_loss
 from seer.prototypes import Prototypes
 
@@ -124,6 +124,8 @@ class SeerTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
         )
+        if args.kl_weight > 0:
+            Head(self.stack).check(self.stack)
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
         return LoraConfig(
@@ -183,9 +185,9 @@ class SeerTrainer(Trainer):
                     self.stack,
                     retain_mask if args.kl_weight > 0 else None,
                 )
-        logits_at = torch.zeros_like(mask)
-        logits_at[retain] = retain_mask
-        adapted = forward_states(model, inputs, self.stack, logits_at if args.kl_weight > 0 else None)
+        head_at = torch.zeros_like(mask)
+        head_at[retain] = retain_mask
+        adapted = forward_states(model, inputs, self.stack, head_at if args.kl_weight > 0 else None)
 
         targets = torch.stack([last_token(adapted.layers[layer], mask) for layer in self.target_layers])  # [L, R, D]
         terms["L_d"], statistics = disentangle_loss(
@@ -205,8 +207,9 @@ class SeerTrainer(Trainer):
                 layer_share=len(self.target_layers) / (max(self.target_layers) + 1),
             )
             loss = loss + args.retain_weight * terms["L_r"]
-        if adapted.logits is not None and reference.logits is not None:
-            terms["L_kl"] = kl_to_base(adapted.logits, reference.logits)
+        if adapted.head_inputs is not None and reference.head_inputs is not None:
+            head = Head(self.stack)
+            terms["L_kl"] = kl_to_base(head, adapted.head_inputs, head, reference.head_inputs).mean()
             loss = loss + args.kl_weight * terms["L_kl"]
 
         terms["positive_similarity"] = statistics.positive_similarity

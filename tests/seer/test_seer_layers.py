@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from seer import InputError
-from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
+from seer.layers import Head, base_model_of, find_layers, forward_states, last_token, lm_head
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt_neox", "bert"]
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
@@ -64,18 +64,36 @@ def test_adapter_changes_its_layers_and_later_ones_and_can_be_disabled(make_mode
     assert adapted_layers == {"0", "1"}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES[:-1])
-def test_logits_at_chosen_tokens_are_the_models(make_model, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[:-1], "gemma2", "granite", "mixtral"])
+def test_head_turns_the_states_of_chosen_tokens_into_the_models_logits(make_model, architecture: str) -> None:
     model = with_lora(make_model(architecture))
     stack = find_layers(model)
     with torch.no_grad():
         expected = model(**INPUTS).logits  # [R, T, V]
         states = forward_states(model, INPUTS, stack, MASK.bool())
-        assert forward_states(model, INPUTS, stack).logits is None
+        assert forward_states(model, INPUTS, stack).head_inputs is None
+        assert states.head_inputs is not None
+        logits = Head(stack)(states.head_inputs)
         after = model(**INPUTS).logits  # no hook is left behind
-    assert states.logits is not None
-    torch.testing.assert_close(states.logits, expected[MASK.bool()])
+    torch.testing.assert_close(logits, expected[MASK.bool()])
     torch.testing.assert_close(after, expected)
+    Head(stack).check(stack)
+
+
+def test_a_head_that_needs_more_than_the_last_states_is_refused(make_model) -> None:
+    model = make_model("llama")
+    plain = type(model).forward
+
+    def forward(self, input_ids=None, **kwargs):
+        output = plain(self, input_ids=input_ids, **kwargs)
+        if input_ids is not None:
+            output.logits = output.logits + 1.0 + input_ids.unsqueeze(-1)
+        return output
+
+    model.forward = forward.__get__(model)
+    stack = find_layers(model)
+    with pytest.raises(InputError, match=r"--kl_weight: expected 0 for LlamaForCausalLM, .*\(they differ\)"):
+        Head(stack).check(stack)
 
 
 def test_every_linear_projection_of_the_first_layers_is_adapted(make_model) -> None:

@@ -63,49 +63,66 @@ def test_retain_loss_has_no_gradient_where_nothing_moved(normalization: str) -> 
         torch.testing.assert_close(gradient, torch.zeros_like(gradient))
 
 
+def plain_kl(head: Tensor, states: Tensor, reference_head: Tensor, reference_states: Tensor) -> Tensor:
+    base = (reference_states @ reference_head.T).softmax(-1)
+    return (base * (base.log() - (states @ head.T).softmax(-1).log())).sum(-1)
+
+
+def plain_label_term(
+    head: Tensor, states: Tensor, reference_head: Tensor, reference_states: Tensor, labels: Tensor
+) -> Tensor:
+    rows = range(len(labels))
+    base, adapted = (reference_states @ reference_head.T).softmax(-1), (states @ head.T).softmax(-1)
+    return -base[rows, labels] * adapted[rows, labels].log()
+
+
 @pytest.mark.parametrize("chunk_elements", [1, 40, 2**22])
+@pytest.mark.parametrize("labels", [None, torch.arange(9) % 4])
 def test_kl_is_the_divergence_from_the_base_over_the_whole_vocabulary(
-    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int, labels: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
-    logits, reference = random(9, 13, scale=4.0).requires_grad_(), random(9, 13, scale=4.0)
-    loss = losses.kl_to_base(logits, reference)
-    base = reference.softmax(-1)
-    expected = (base * (base.log() - logits.softmax(-1).log())).sum(-1).mean()
-    torch.testing.assert_close(loss, expected)
-    (ours,) = torch.autograd.grad(3.0 * loss, logits)
-    (theirs,) = torch.autograd.grad(3.0 * expected, logits)
+    states, reference = random(9, 5, scale=2.0).requires_grad_(), random(9, 5, scale=2.0)
+    weight, reference_weight = random(13, 5).requires_grad_(), random(13, 5)
+    values = losses.kl_to_base(lambda h: h @ weight.T, states, lambda h: h @ reference_weight.T, reference, labels)
+    operands = (weight, states, reference_weight, reference)
+    expected = plain_kl(*operands) if labels is None else plain_label_term(*operands, labels)
+    torch.testing.assert_close(values, expected)
+    upstream = random(9)
+    ours = torch.autograd.grad(values, (states, weight), upstream)
+    theirs = torch.autograd.grad(expected, (states, weight), upstream)
     torch.testing.assert_close(ours, theirs)
-    torch.autograd.gradcheck(lambda values: losses.kl_to_base(values, reference), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kl_in_low_precision_is_that_of_the_rounded_logits(dtype: torch.dtype) -> None:
     logits, reference = random(20, 50, dtype=dtype, scale=3.0).requires_grad_(), random(20, 50, dtype=dtype, scale=3.0)
-    loss = losses.kl_to_base(logits, reference)
-    exact = losses.kl_to_base(logits.detach().double(), reference.double())
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(loss, logits)
+    identity = torch.nn.Identity()
+    values = losses.kl_to_base(identity, logits, identity, reference)
+    exact = losses.kl_to_base(identity, logits.detach().double(), identity, reference.double())
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
     assert gradient.dtype == dtype
 
 
-class _LargestFloat32(TorchDispatchMode):
-    """Records the most elements that any float32 tensor had."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the most elements that any tensor had."""
 
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.dtype == torch.float32:
+            if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return result
 
 
-def test_kl_never_holds_all_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kl_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 400)
-    logits = random(64, 100, dtype=torch.bfloat16).requires_grad_()
-    with _LargestFloat32() as largest:
-        losses.kl_to_base(logits, random(64, 100, dtype=torch.bfloat16)).backward()
-    assert 0 < largest.elements <= 400
+    weight = random(100, 5, dtype=torch.bfloat16)
+    states, reference = random(64, 5, dtype=torch.bfloat16).requires_grad_(), random(64, 5, dtype=torch.bfloat16)
+    with _LargestTensor() as largest:
+        losses.kl_to_base(lambda h: h @ weight.T, states, lambda h: h @ weight.T, reference).sum().backward()
+    assert 0 < largest.elements <= max(400, weight.numel(), states.numel())
