@@ -135,7 +135,7 @@ class Head:
         original = vars(body).get("forward")
         body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
         try:
-            logits: Tensor = self.root().logits.squeeze(0)
+            logits: Tensor = self.root.forward().logits.squeeze(0)  # a call would run hooks
         finally:
             del body.forward
             if original is not None:
