@@ -9,6 +9,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,12 +47,20 @@ _SECTIONS = {
     "loss: disentangle_weight L_d + retain_weight L_r + kl_weight L_kl": (
         "target_layers",
         "layers_path",
-        "disentangle_weight",
+        "positions",
+        "disentangle_loss",
         "temperature",
         "same_label",
-        "retain_weight",
+        "disentangle_weight",
+        "disentangle_weight_end",
+        "retain_loss",
+        "retain_layers",
         "retain_normalization",
+        "retain_weight",
+        "retain_weight_end",
+        "kl_form",
         "kl_weight",
+        "kl_weight_end",
     ),
     "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
     "training": (
@@ -78,6 +87,16 @@ _SECTIONS = {
 }
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(value, list):
+        return " ".join(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+_DEFAULTS = {field.name: _default(field) for field in dataclasses.fields(SeerConfig)}
+
+
 class _Parser(HfArgumentParser):
     """One flag per field of SeerConfig; errors are raised, and the help shows the flags by what they are for."""
 
@@ -99,11 +118,12 @@ class _Parser(HfArgumentParser):
         return formatter.format_help()
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the defaults there are, keeps the description's lines, and one spelling of every flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = _DEFAULTS.get(action.dest)
+        return action.help if default in (None, "") else f"{action.help} (default: {default})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = action.option_strings[0]
@@ -132,18 +152,18 @@ def parse_training_arguments(argv: Sequence[str]) -> SeerConfig:
     arguments = list(argv)
     if arguments and not arguments[0].startswith("-"):
         arguments = [*_read_config(arguments[0], names), *arguments[1:]]
+    # What is left out stays out, so that the config can tell what was given: a preset fills in the rest.
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise InputError(f"expected options, got {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
     try:
-        config, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
+        return SeerConfig(**vars(given))
     except InputError:
         raise
     except ValueError as error:  # what transformers says about a combination of its own options
         raise InputError(str(error)) from error
-    if unknown:
-        raise InputError(f"expected options, got {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
-    assert isinstance(config, SeerConfig)
-    return config
 
 
 def _read_config(file: str, names: list[str]) -> list[str]:

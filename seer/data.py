@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import math
@@ -230,8 +231,17 @@ def _read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{name}, row {index}", {key: decoders[key](v) if key in decoders else v for key, v in row.items()}
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[list[int]]:
-    """Token ids of every text: in the tokenizer's chat template, or else request, empty line, response.
+class Tokens(NamedTuple):
+    """One text as a model reads it."""
+
+    ids: list[int]
+    request_length: int
+    """How many of the ids come before the response: the request with all that the chat template puts in front of a
+    response, so that the last of them is where the model would begin to answer. 0 in plain text."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[Tokens]:
+    """Tokens of every text: in the tokenizer's chat template, or else request, empty line, response.
 
     A text that is too long loses the end of its response, then of its request, but never what the template puts around
     them: the last token, whose state represents the text, means the same in every text.
@@ -247,7 +257,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_leng
     """
     if tokenizer.chat_template is None and any(text.response is not None for text in texts):
         logger.warning("The tokenizer has no chat template: request and response are joined by an empty line.")
-    rows: list[list[int]] = []
+    rows: list[Tokens] = []
     cut = 0
     for text in texts:
         ids = _token_ids(tokenizer, text)
@@ -257,25 +267,43 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_leng
             ids = _token_ids(tokenizer, text)
         if not ids:
             raise InputError(f"{text.source}: expected text that the tokenizer knows, got no token at all")
-        rows.append(ids)
+        rows.append(Tokens(ids, _request_length(tokenizer, text, ids)))
     if cut:
         logger.warning("%d of %d texts are longer than %d tokens and were cut.", cut, len(texts), max_length)
     return rows
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, awaits_response: bool = False) -> list[int]:
+    """Ids of a text, or of what a response to it follows."""
     if tokenizer.chat_template is None or text.response is None:
         string, complete = "\n\n".join(filter(None, (text.prompt, text.response))), False
+        if awaits_response:
+            string += "\n\n"
     else:
         turns = (("user", text.prompt), ("assistant", text.response))
         messages = [{"role": role, "content": content} for role, content in turns if content]
         try:
             # A chat template writes the special tokens itself.
-            string, complete = str(tokenizer.apply_chat_template(messages, tokenize=False)), True
+            string = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=awaits_response))
         except TemplateError as error:
             raise InputError(f"{text.source}: the tokenizer's chat template refuses this text; {error}") from error
+        complete = True
     ids: list[int] = tokenizer(string, add_special_tokens=not complete, verbose=False)["input_ids"]
     return ids
+
+
+def _request_length(tokenizer: PreTrainedTokenizerBase, text: Text, ids: list[int]) -> int:
+    """Tokens of a text before its response: those that the request alone, ready for a response, begins with too.
+
+    What a tokenizer merges across the boundary belongs to the response.
+    """
+    if text.response is None or not text.prompt:
+        return 0
+    if not text.response:
+        return len(ids)
+    request = _token_ids(tokenizer, text._replace(response=""), awaits_response=True)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(request, ids, strict=False))
+    return sum(1 for _ in shared)
 
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int) -> Text:
@@ -292,11 +320,9 @@ def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int) -> Tex
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """Token ids of the training samples, indexed by what a PairSampler draws."""
+    """Tokens of the training samples, indexed by what a PairSampler draws."""
 
-    def __init__(
-        self, rows: Sequence[list[int]], concept_ids: np.ndarray, retain_rows: Sequence[list[int]] | None
-    ) -> None:
+    def __init__(self, rows: Sequence[Tokens], concept_ids: np.ndarray, retain_rows: Sequence[Tokens] | None) -> None:
         self.rows = rows
         self.concept_ids = concept_ids
         self.retain_rows = retain_rows
@@ -346,10 +372,11 @@ class PairSampler(Sampler[tuple[int, ...]]):
         return zip(*(column.tolist() for column in columns), strict=True)
 
 
-def pad_rows(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest: `input_ids` and `attention_mask`, both (R, T) int64."""
-    tensors = [torch.tensor(row) for row in rows]
+def pad_rows(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest: `input_ids` and `attention_mask`, both (R, T), `request_lengths` (R,); int64."""
+    tensors = [torch.tensor(row.ids) for row in rows]
     return {
+        "request_lengths": torch.tensor([row.request_length for row in rows]),
         "input_ids": pad_sequence(tensors, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True),
     }

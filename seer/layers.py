@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,8 +30,12 @@ class LayerStack:
     """Dotted path from `root` to the list of layers."""
     layers: list[nn.Module]
 
-    def resolve(self, indices: Sequence[int] | None) -> list[int]:
+    def resolve(self, indices: Sequence[int] | None, option: str = "target_layers") -> list[int]:
         """Turn layer indices, negative ones counting from the end, into a sorted list; None means the default layer.
+
+        Args:
+            indices: what `option` says.
+            option: named in the error.
 
         Raises:
             InputError: an index out of range.
@@ -41,7 +46,7 @@ class LayerStack:
         for index in indices:
             if not -depth <= index < depth:
                 raise InputError(
-                    f"--target_layers: expected layers from {-depth} to {depth - 1} ({self.path} has {depth} layers), "
+                    f"--{option}: expected layers from {-depth} to {depth - 1} ({self.path} has {depth} layers), "
                     f"got {index}"
                 )
         return sorted({index % depth for index in indices})
@@ -218,19 +223,43 @@ def forward_states(
     return HiddenStates(embeddings[0], layers, head_inputs[0] if head_inputs else None)
 
 
-def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The state at the last real token of every row, wherever the padding is.
+def representations(
+    states: Sequence[Tensor], attention_mask: Tensor, request_lengths: Tensor, positions: Sequence[str]
+) -> Tensor:
+    """What stands for every text: its states at some positions and layers.
 
     Args:
-        states: [R, T, D].
-        attention_mask: (R, T), nonzero at real tokens; every row has one.
+        states: output of L layers, each [R, T, D].
+        attention_mask: (R, T), nonzero at real tokens, wherever the padding is; every row has one.
+        request_lengths: (R,), how many of the real tokens come before the response.
+        positions: P of "last" (the last token), "last_request" (the last before the response) and "response_mean" (the
+            mean over the response, and what the chat template puts behind it).
 
     Returns:
-        [R, D].
+        [P, L, R, D]; finite but of no meaning where a row lacks the position.
+
+    Raises:
+        InputError: the layers have different sizes.
     """
-    length = attention_mask.shape[1]
-    from_the_end = attention_mask.flip(1).bool().int().argmax(dim=1)  # (R,): argmax gives the first of the ones
-    return states[range(len(states)), length - 1 - from_the_end]  # [R, D]
+    sizes = {part.shape[-1] for part in states}
+    if len(sizes) > 1:
+        raise InputError(f"--target_layers: expected layers of one hidden size, got sizes {sorted(sizes)}")
+    mask = attention_mask.bool()
+    rank = mask.cumsum(1) - 1  # [R, T]: the number of a real token in its row
+    rows = torch.arange(len(mask), device=mask.device)
+    found = []
+    for position in positions:
+        if position == "response_mean":
+            chosen = (mask & (rank >= request_lengths.unsqueeze(1))).unsqueeze(2)
+            count = chosen.sum(1).clamp(min=1)
+            dtype = torch.promote_types(states[0].dtype, torch.float32)
+            means = [part.masked_fill(~chosen, 0.0).sum(1, dtype=dtype) / count for part in states]
+            found.append(torch.stack(means).to(states[0].dtype))
+        else:
+            last = mask.sum(1) if position == "last" else request_lengths
+            index = (mask & (rank == last.unsqueeze(1) - 1)).int().argmax(1)  # (R,)
+            found.append(torch.stack([part[rows, index] for part in states]))
+    return torch.stack(found)
 
 
 @contextmanager
@@ -245,8 +274,40 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-@contextmanager
-def base_model_of(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the base model: adapter disabled and no dropout."""
-    with without_dropout(model), model.disable_adapter():
-        yield
+@dataclass(frozen=True)
+class BaseModel:
+    """The model as it was before training: with its adapter disabled, or, where there is none, a frozen copy."""
+
+    stack: LayerStack
+    """The layers of the model in training."""
+    copy: LayerStack | None = None
+    """Those of the copy; None for a model with an adapter."""
+
+    @property
+    def head(self) -> Head:
+        """The base model's; like `forward_states` for use without gradients."""
+        return Head(self.copy or self.stack)
+
+    @torch.no_grad()
+    def forward_states(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], head_at: Tensor | None = None
+    ) -> HiddenStates:
+        """`forward_states` of the base model, without dropout.
+
+        Args:
+            model: the model in training, in whatever wrapping.
+            inputs, head_at: as in `forward_states`.
+        """
+        if self.copy is not None:
+            copy = self.copy.root.to(inputs["attention_mask"].device)  # type: ignore[arg-type]
+            return forward_states(copy, inputs, self.copy, head_at)
+        adapter = next(part for part in model.modules() if isinstance(part, PeftModel))
+        with without_dropout(model), adapter.disable_adapter():
+            return forward_states(model, inputs, self.stack, head_at)
+
+
+def freeze_copy(stack: LayerStack) -> LayerStack:
+    """The same layers in a copy of the model that is never trained."""
+    root = deepcopy(stack.root).requires_grad_(False)
+    root.train(False)
+    return LayerStack(root, stack.path, list(root.get_submodule(stack.path).children()))

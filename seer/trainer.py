@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, TextDataset, tokenize
+from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, Text, TextDataset, Tokens, tokenize
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import Head, base_model_of, find_layers, forward_states, last_token, lm_head
-from seer.losses import disentangle_loss, kl_to_base, retain_loss
+from seer.layers import BaseModel, Head, find_layers, lm_head
+from seer.objective import Objective
 from seer.prototypes import Prototypes
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class SeerTrainer(Trainer):
     """
 
     args: SeerConfig
+    objective: Objective
 
     def __init__(
         self,
@@ -87,28 +88,30 @@ class SeerTrainer(Trainer):
         train_dataset.require_pairs()
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
-        if args.kl_weight > 0 and lm_head(self.stack) is None:
+        if args.uses("kl") and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
-                f"{args.kl_weight}"
+                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}"
             )
-        if retain_dataset is None and (args.retain_weight > 0 or args.kl_weight > 0):
+        if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
 
         set_seed(args.seed)
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, self._lora_config(args))
+        self.base = BaseModel(self.stack)
 
+        self._tokenizer = processing_class
+        self._positions = args.positions
         limits = (args.max_length, processing_class.model_max_length, _window(self.stack.root))
         self._max_length = min(limit for limit in limits if limit is not None)
         pad_token_id = processing_class.pad_token_id
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id  # masked, so any token will do
-        rows = tokenize(processing_class, train_dataset.texts, self._max_length)
+        rows = self._tokenize(train_dataset.texts)
         retain_rows = None
         if retain_dataset is not None:
             retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
         self._pairs = PairDataset(rows, train_dataset.concept_ids, retain_rows)
-        self._tokenizer = processing_class
         self._sampler = PairSampler(
             train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
         )
@@ -124,8 +127,9 @@ class SeerTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
         )
-        if args.kl_weight > 0:
+        if args.uses("kl"):
             Head(self.stack).check(self.stack)
+        self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
         return LoraConfig(
@@ -160,61 +164,16 @@ class SeerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """L = disentangle_weight L_d + retain_weight L_r + kl_weight L_kl of a batch that a PairCollator made.
+        """The loss of a batch that a PairCollator made; see `Objective`.
 
         Args:
-            model: the adapted model as the Trainer wrapped it.
-            inputs: `concept_ids` (B,) and model inputs of 2 B or 3 B rows: first texts, second texts, retain texts.
+            model: the model as the Trainer wrapped it.
+            inputs: the batch.
             return_outputs: also return the terms.
             num_items_in_batch: not used.
         """
-        args = self.args
-        inputs = dict(inputs)
-        concept_ids = inputs.pop("concept_ids")
-        pairs = len(concept_ids)
-        mask = inputs["attention_mask"].bool()  # [R, T]
-        retain = slice(2 * pairs, None) if len(mask) > 2 * pairs else slice(0, pairs)
-        retain_mask = mask[retain]
-        terms: dict[str, Tensor] = {}
-
-        if args.retain_weight > 0 or args.kl_weight > 0:
-            with torch.no_grad(), base_model_of(self.accelerator.unwrap_model(model)):
-                reference = forward_states(
-                    model,
-                    {name: values[retain] for name, values in inputs.items()},
-                    self.stack,
-                    retain_mask if args.kl_weight > 0 else None,
-                )
-        head_at = torch.zeros_like(mask)
-        head_at[retain] = retain_mask
-        adapted = forward_states(model, inputs, self.stack, head_at if args.kl_weight > 0 else None)
-
-        targets = torch.stack([last_token(adapted.layers[layer], mask) for layer in self.target_layers])  # [L, R, D]
-        terms["L_d"], statistics = disentangle_loss(
-            targets[:, :pairs],
-            targets[:, pairs : 2 * pairs],
-            concept_ids,
-            temperature=args.temperature,
-            same_label=args.same_label,
-        )
-        loss = args.disentangle_weight * terms["L_d"]
-        if args.retain_weight > 0:
-            terms["L_r"] = retain_loss(
-                [states[retain] for states in adapted.all()],
-                reference.all(),
-                retain_mask,
-                normalization=args.retain_normalization,
-                layer_share=len(self.target_layers) / (max(self.target_layers) + 1),
-            )
-            loss = loss + args.retain_weight * terms["L_r"]
-        if adapted.head_inputs is not None and reference.head_inputs is not None:
-            head = Head(self.stack)
-            terms["L_kl"] = kl_to_base(head, adapted.head_inputs, head, reference.head_inputs).mean()
-            loss = loss + args.kl_weight * terms["L_kl"]
-
-        terms["positive_similarity"] = statistics.positive_similarity
-        terms["negative_similarity"] = statistics.negative_similarity
-        terms = {name: value.detach() for name, value in terms.items()}
+        steps = max(self.state.max_steps - 1, 1)
+        loss, terms = self.objective(model, inputs, min(self.state.global_step / steps, 1.0))
         if model.training:
             for name, value in terms.items():
                 self._term_sums[name] = self._term_sums.get(name, 0) + value
@@ -245,7 +204,7 @@ class SeerTrainer(Trainer):
                 f"dataset: expected the concepts {self._concept_names} as in training, got {dataset.names}"
             )
         training = self._encode_training()
-        rows = tokenize(self._tokenizer, dataset.texts, self._max_length)
+        rows = self._tokenize(dataset.texts)
         held_out = self._encode(rows, with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 
@@ -285,15 +244,26 @@ class SeerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Tokens of texts that are to be represented, all of which must have all positions."""
+        rows = tokenize(self._tokenizer, texts, self._max_length)
+        for text, row in zip(texts, rows, strict=True):
+            if "last_request" in self._positions and row.request_length == 0:
+                raise InputError(f"{text.source}: expected a request for --positions last_request, got none")
+            if "response_mean" in self._positions and (text.response is None or row.request_length == len(row.ids)):
+                raise InputError(f"{text.source}: expected a response for --positions response_mean, got none")
+        return rows
+
     def _encode_training(self) -> Encoding:
         return self._encode(self._pairs.rows)
 
-    def _encode(self, rows: Sequence[list[int]], with_kl: bool = False) -> Encoding:
+    def _encode(self, rows: Sequence[Tokens], with_kl: bool = False) -> Encoding:
         return encode(
             self.accelerator.unwrap_model(self.model),
             rows,
-            stack=self.stack,
+            base=self.base,
             layers=self.target_layers,
+            position=self._positions[0],
             pad_token_id=self._pad_token_id,
             batch_size=self.args.per_device_eval_batch_size,
             with_kl=with_kl,

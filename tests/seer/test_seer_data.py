@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CHAT_TEMPLATE
 
 from seer import ConceptDataset, InputError, TextDataset
-from seer.data import PairCollator, PairDataset, PairSampler, Text, tokenize
+from seer.data import PairCollator, PairDataset, PairSampler, Text, Tokens, tokenize
 
 GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
 
@@ -118,30 +119,66 @@ def test_split_is_stratified_and_decided_by_the_seed() -> None:
 def test_tokens_follow_the_chat_template(tokenizer) -> None:
     texts = [Text("name a cat", "dog", "s"), Text("cat", None, "s"), Text("cat", "", "s")]
     rows = tokenize(tokenizer, texts, 64)
-    plain = [tokenizer.decode(row).split() for row in rows]
+    plain = [tokenizer.decode(row.ids).split() for row in rows]
     assert plain[1] == ["cat"]
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False)
-    assert rows[2] == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    assert len(rows[0]) > len(rows[2])
+    assert rows[2].ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert len(rows[0].ids) > len(rows[2].ids)
 
 
 def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, monkeypatch, caplog) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with caplog.at_level(logging.WARNING):
         rows = tokenize(tokenizer, [Text("name a", "cat", "s"), Text("one", "dog", "s")], 64)
-    assert tokenizer.decode(rows[0]).split() == ["name", "a", "cat"]
+    assert tokenizer.decode(rows[0].ids).split() == ["name", "a", "cat"]
     assert sum("chat template" in record.message for record in caplog.records) == 1
+
+
+TEMPLATES = {
+    "of the tests": CHAT_TEMPLATE,
+    "with a header for the response": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    ),
+    "with a header that only a prompt for generation has": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> one one {% endif %}"
+    ),
+    "with a system turn": (
+        "a one <end> {% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} <assistant>"
+        "{% else %} {{ m['content'] }} <end>{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_request_ends_where_the_model_would_begin_to_answer(tokenizer, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[name])
+    (row,) = tokenize(tokenizer, [Text("name a cat", "dog cow", "s")], 64)
+    words = tokenizer.convert_ids_to_tokens(row.ids)
+    assert words[row.request_length - 1] == ("<assistant>" if name != "of the tests" else "<end>")
+    response = ["dog", "cow", "<end>"] if name != "of the tests" else ["<assistant>", "dog", "cow", "<end>"]
+    assert words[row.request_length :] == response
+
+
+def test_where_requests_end_in_other_texts(tokenizer, monkeypatch) -> None:
+    texts = [Text("cat dog", None, "s"), Text("cat dog", "", "s"), Text("", "cat", "s")]
+    plain, request, response = tokenize(tokenizer, texts, 64)
+    assert plain.request_length == response.request_length == 0
+    assert request.request_length == len(request.ids)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert tokenize(tokenizer, [Text("cat dog", "cow", "s")], 64)[0].request_length == 2
 
 
 def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> None:
     text = Text("name a cat", " ".join(["dog", "cow"] * 20), "s")
-    whole = tokenize(tokenizer, [text], 64)[0]
+    whole = tokenize(tokenizer, [text], 64)[0].ids
     with caplog.at_level(logging.WARNING):
-        rows = tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)
+        rows = [row.ids for row in tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)]
     assert "1 of 2 texts are longer than 12 tokens" in caplog.text
     assert len(rows[0]) == 12
     assert rows[0] == whole[:11] + whole[-1:]
-    assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
+    assert tokenize(tokenizer, [text], 5)[0] == ([*whole[:4], whole[-1]], 5)  # only the request is left
     with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
         tokenize(tokenizer, [text], 2)
 
@@ -185,9 +222,10 @@ def test_pairs_depend_on_seed_and_epoch_alone() -> None:
 
 
 def test_batch_layout() -> None:
-    rows, retain = [[1], [2, 3], [4, 5, 6]], [[7, 8]]
+    rows, retain = [Tokens([1], 0), Tokens([2, 3], 1), Tokens([4, 5, 6], 2)], [Tokens([7, 8], 1)]
     data = PairDataset(rows, np.array([0, 0, 0]), retain)
     batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
     assert batch["concept_ids"].tolist() == [0, 0]
     assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
     assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]
+    assert batch["request_lengths"].tolist() == [0, 2, 1, 0, 1, 1]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from seer import InputError
-from seer.layers import Head, base_model_of, find_layers, forward_states, last_token, lm_head
+from seer.layers import BaseModel, Head, find_layers, forward_states, lm_head, representations
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt_neox", "bert"]
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
@@ -53,8 +53,7 @@ def test_adapter_changes_its_layers_and_later_ones_and_can_be_disabled(make_mode
         stack = find_layers(model)
         adapted = forward_states(model, INPUTS, stack)
         model.train()
-        with base_model_of(model):
-            base = forward_states(model, INPUTS, stack)
+        base = BaseModel(stack).forward_states(model, INPUTS)
         assert all(part.training for part in model.modules())
     torch.testing.assert_close(adapted.embeddings, expected.embeddings)
     for layer in range(3):
@@ -159,8 +158,23 @@ def test_no_layers(make_model) -> None:
         find_layers(model, "blocks")
 
 
-def test_last_token_ignores_padding_on_either_side() -> None:
-    states = torch.arange(24.0).reshape(4, 3, 2)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [0, 1, 0]])
-    expected = torch.stack([states[0, 2], states[1, 0], states[2, 2], states[3, 1]])
-    torch.testing.assert_close(last_token(states, mask), expected)
+def test_representations_are_read_at_positions_wherever_the_padding_is() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
+    requests = torch.tensor([2, 1, 2, 1])
+    layers = [torch.randn(4, 5, 6, dtype=torch.float64) for _ in range(3)]
+    positions = ["response_mean", "last", "last_request"]
+    found = representations(layers, mask, requests, positions)
+    assert found.shape == (3, 3, 4, 6)
+    for index, states in enumerate(layers):
+        for row in range(4):
+            real = states[row, mask[row].bool()]
+            torch.testing.assert_close(found[0, index, row], real[requests[row] :].mean(0))
+            torch.testing.assert_close(found[1, index, row], real[-1])
+            torch.testing.assert_close(found[2, index, row], real[requests[row] - 1])
+    torch.testing.assert_close(representations(layers, mask, requests, ["last"])[0], found[1])
+
+
+def test_layers_of_different_sizes_cannot_be_represented() -> None:
+    layers = [torch.zeros(1, 2, 4), torch.zeros(1, 2, 6)]
+    with pytest.raises(InputError, match=r"--target_layers: expected layers of one hidden size, got sizes \[4, 6\]"):
+        representations(layers, torch.ones(1, 2), torch.ones(1), ["last"])

@@ -18,7 +18,7 @@ from seer import ConceptDataset, Prototypes, SeerConfig, SeerTrainer, run_traini
 from seer.arguments import parse_training_arguments
 from seer.cli import main
 from seer.data import tokenize
-from seer.layers import find_layers, forward_states, last_token
+from seer.layers import find_layers, forward_states
 
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 
@@ -73,11 +73,11 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
 
     def represent(dataset: ConceptDataset) -> dict[int, torch.Tensor]:
         states = []
-        for ids in tokenize(tokenizer, dataset.texts, 64):
+        for ids, _ in tokenize(tokenizer, dataset.texts, 64):
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
             with torch.no_grad():
                 layers = forward_states(model, inputs, find_layers(model)).layers
-            states.append(torch.stack([last_token(layers[layer], inputs["attention_mask"])[0] for layer in (0, 2)]))
+            states.append(torch.stack([layers[layer][0, -1] for layer in (0, 2)]))
         return dict(zip((0, 2), torch.stack(states, dim=1), strict=True))
 
     held_out_states, training_states = represent(held_out), represent(training)
