@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seer.config import SeerConfig
     from seer.data import ConceptDataset, Text, TextDataset
-    from seer.errors import InputError
+    from seer.errors import InputError, RunStopped
     from seer.prototypes import Prototypes
     from seer.train import TrainingResult, run_training
     from seer.trainer import SeerTrainer
@@ -21,6 +21,7 @@ _HOME = {
     "ConceptDataset": "seer.data",
     "InputError": "seer.errors",
     "Prototypes": "seer.prototypes",
+    "RunStopped": "seer.errors",
     "SeerConfig": "seer.config",
     "SeerTrainer": "seer.trainer",
     "Text": "seer.data",
@@ -33,6 +34,7 @@ __all__ = [
     "ConceptDataset",
     "InputError",
     "Prototypes",
+    "RunStopped",
     "SeerConfig",
     "SeerTrainer",
     "Text",

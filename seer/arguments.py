@@ -40,9 +40,18 @@ _SECTIONS = {
         "concepts",
         "held_out_share",
         "max_length",
+        "truncation",
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
+    ),
+    "batches": (
+        "per_device_train_batch_size",
+        "concepts_per_batch",
+        "balance",
+        "train_sampling_strategy",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
     ),
     "loss: disentangle_weight L_d + retain_weight L_r + kl_weight L_kl": (
         "target_layers",
@@ -64,9 +73,6 @@ _SECTIONS = {
     ),
     "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
     "training": (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
         "num_train_epochs",
         "max_steps",
         "learning_rate",

@@ -19,6 +19,8 @@ RetainNormalization = Literal["example", "token"]
 DisentangleLoss = Literal["info_nce", "nt_xent", "sup_con", "ot_contrastive"]
 RetainLoss = Literal["norm", "sinkhorn"]
 KLForm = Literal["full", "label"]
+Balance = Literal["frequency", "balanced"]
+Truncation = Literal["end", "middle", "refuse"]
 
 
 POSITIONS = ("last", "last_request", "response_mean")
@@ -29,6 +31,8 @@ _CHOICES = {
     "disentangle_loss": get_args(DisentangleLoss),
     "retain_loss": get_args(RetainLoss),
     "kl_form": get_args(KLForm),
+    "balance": get_args(Balance),
+    "truncation": get_args(Truncation),
 }
 
 
@@ -62,7 +66,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         default=None,
         metadata={
             "help": "Texts labelled by concept, with columns prompt, response and concept: a .csv or .jsonl file, or "
-            "the name of a data set on the Hub (its split 'train' is used)."
+            "the name of a data set on the Hub (its split 'train' is used). A text of several concepts has 'a|b' in a "
+            ".csv file, a list elsewhere; any shared one makes a pair."
         },
     )
     retain_data: str | None = field(
@@ -85,7 +90,29 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     )
     max_length: int = field(
         default=1024,
-        metadata={"help": "Longest text in tokens; the rest is cut off. Never more than the window of the model."},
+        metadata={"help": "Longest text in tokens. Never more than the window of the model."},
+    )
+    truncation: Truncation = field(
+        default="end",
+        metadata={
+            "help": "What a text that is too long loses: 'end', the end of its response, then of its request; "
+            "'middle', the middle of its request, then the end of its response; 'refuse': it is an error."
+        },
+    )
+
+    concepts_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Different concepts in every batch, each with the same number of pairs; must divide "
+            "--per_device_train_batch_size. Default: as it comes."
+        },
+    )
+    balance: Balance = field(
+        default="frequency",
+        metadata={
+            "help": "How often a concept is drawn: 'frequency', by its number of samples, or 'balanced', as often as "
+            "any other."
+        },
     )
 
     target_layers: list[int] | None = field(
@@ -223,6 +250,11 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         _check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 up to but not 1", self.lora_dropout)
         for name in ("max_length", "lora_r", "lora_alpha"):
             _check(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
+        if self.concepts_per_batch is not None:
+            _check(self.concepts_per_batch >= 1, "concepts_per_batch", "a whole number >= 1", self.concepts_per_batch)
+        strategies = ("random", "group_by_length")
+        strategy = self.train_sampling_strategy
+        _check(strategy in strategies, "train_sampling_strategy", f"one of {strategies}", strategy)
         for name, choices in _CHOICES.items():
             _check(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         for name in ("target_layers", "retain_layers"):
@@ -249,16 +281,19 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         end: float | None = getattr(self, f"{term}_weight_end")
         return start if end is None else start + progress * (end - start)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the options as YAML that `seer train PATH` accepts: those of this class and what else was given.
+    def options(self) -> dict[str, Any]:
+        """The options of this class and what else was given, as YAML and JSON know them.
 
         What concerns one start only, `overwrite_output_dir` and `resume_from_checkpoint`, is left out.
         """
         wanted = {"output_dir", "seed", *SeerConfig.__annotations__, *self._given}
         wanted -= {"overwrite_output_dir", "resume_from_checkpoint"}
-        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the options as YAML that `seer train PATH` accepts."""
         with atomic_path(path) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(self.options(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _check(condition: bool, option: str, expected: str, value: object) -> None:

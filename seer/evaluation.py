@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from seer.data import Tokens, pad_rows
+from seer.data import Tokens
 from seer.layers import BaseModel, Head, forward_states, representations, without_dropout
 from seer.losses import kl_to_base
 from seer.prototypes import Prototypes
+from seer.sampling import pad_rows
 
 
 @dataclass(frozen=True)

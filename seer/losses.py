@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 import seer_kernels
+from seer.shared_concepts import info_nce_of_sets
 from seer_kernels import ContrastiveStatistics, ot_contrastive, sinkhorn_divergence
 
 Head: TypeAlias = Callable[[Tensor], Tensor]
@@ -40,7 +41,8 @@ def disentangle_loss(
         view1: [..., B, D] representations of the first texts; leading dimensions (positions, layers) are problems of
             their own.
         view2: [..., B, D] of the second texts; pair i is of one concept.
-        concept_ids: (B,) int64.
+        concept_ids: (B,) int64; or (B, 2, C) bool, which concepts both texts of every pair have: any shared one counts.
+            The latter is for "info_nce" with local negatives, without weights or keys of the past.
         form: "info_nce" (first texts against second texts; the paper's), "nt_xent" (all 2 B texts against all others;
             the paper's variant), "sup_con" (the same, every text of the concept a positive) or "ot_contrastive" (the
             plan of optimal transport from first to second texts should be the one that the positives make).
@@ -55,6 +57,9 @@ def disentangle_loss(
     Returns:
         The loss, 0-d, and its statistics, each 0-d; "ot_contrastive" has none.
     """
+    if concept_ids.ndim == 3:
+        losses, statistics = info_nce_of_sets(view1, view2, concept_ids, temperature=temperature, same_label=same_label)
+        return losses.mean(), ContrastiveStatistics(*(values.mean() for values in statistics))
     options: dict[str, Any] = {"temperature": temperature}
     if form == "ot_contrastive":
         labels = concept_ids if same_label == "positive" else None

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,11 +27,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
+from seer.checkpoints import UNFINISHED, StopOnSigterm
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset
-from seer.errors import InputError
+from seer.errors import InputError, RunStopped
 from seer.files import atomic_path
 from seer.prototypes import Prototypes
 from seer.trainer import Measurement, SeerTrainer
@@ -43,21 +45,6 @@ _OWN_FILES = (
     "prototypes.safetensors",
     "adapter_config.json",
     "adapter_model.safetensors",
-)
-# Options that a continued run must share with the run it continues, or its pairs, loss and adapter would be others.
-_SAME_ON_RESUME = (
-    "model",
-    "data",
-    "retain_data",
-    "concepts",
-    "held_out_share",
-    "max_length",
-    "target_layers",
-    "layers_path",
-    "lora_r",
-    "lora_alpha",
-    "per_device_train_batch_size",
-    "seed",
 )
 
 
@@ -109,9 +96,11 @@ def run_training(
 
     trainer = SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain_dataset)
     output_dir = Path(str(config.output_dir))
+    if checkpoint is not None:
+        trainer.require_same_run(checkpoint)
     if config.should_save:
         config.save(output_dir / "config.yaml")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = _train(trainer, checkpoint)
 
     measurement = None if held_out is None else trainer.measure()
     prototypes = trainer.prototypes() if measurement is None else measurement.prototypes
@@ -124,10 +113,15 @@ def run_training(
         "versions": {name: version(name) for name in ("seer-kernels", "torch", "transformers", "peft")},
     }
     if config.should_save:
-        _save_adapter(trainer, tokenizer, output_dir)
-        prototypes.save(output_dir / "prototypes.safetensors")
-        with atomic_path(output_dir / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            _save_adapter(trainer, tokenizer, output_dir)
+            prototypes.save(output_dir / "prototypes.safetensors")
+            with atomic_path(output_dir / "metrics.json") as temporary:
+                temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise RunStopped(
+                f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}"
+            ) from error
         if measurement is not None:
             Console().print(_table(measurement, len(held_out or ())))
         Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
@@ -187,27 +181,19 @@ def _checkpoint_to_resume(config: SeerConfig) -> str | None:
     else:
         folders = [Path(wanted)]
         expected = "a checkpoint folder"
-    # The state is written last: a checkpoint without a readable one was cut off by a kill.
-    complete = [folder for folder in folders if _is_complete(folder)]
-    if not complete:
-        raise InputError(f"--resume_from_checkpoint: expected {expected}, got {wanted!r} and no complete one there")
-    earlier_file = complete[0].parent / "config.yaml"
-    earlier = yaml.safe_load(earlier_file.read_text(encoding="utf-8")) if earlier_file.is_file() else {}
-    for name in _SAME_ON_RESUME:
-        if name in earlier and earlier[name] != getattr(config, name):
-            raise InputError(
-                f"--{name}: expected {earlier[name]!r} as in the run to resume ({earlier_file}), got "
-                f"{getattr(config, name)!r}"
-            )
-    return str(complete[0])
+    if not folders or not folders[0].is_dir():
+        raise InputError(f"--resume_from_checkpoint: expected {expected}, got {wanted!r} and nothing there")
+    return str(folders[0])
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
+def _train(trainer: SeerTrainer, checkpoint: str | None) -> TrainOutput:
+    """Train until the end, or until SIGTERM, which raises RunStopped after a checkpoint was written."""
+    with StopOnSigterm() as stop:
+        trainer.add_callback(stop)
+        outcome: TrainOutput = trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received:
+        raise RunStopped(f"SIGTERM after step {outcome.global_step}. {trainer.how_to_go_on()}", 128 + signal.SIGTERM)
+    return outcome
 
 
 def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
@@ -216,6 +202,7 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir: expected a folder, got the file {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
     earlier = [output_dir / name for name in _OWN_FILES if (output_dir / name).exists()]
     earlier += output_dir.glob("checkpoint-*")
     if resuming or not earlier:

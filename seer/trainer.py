@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -22,13 +22,15 @@ from transformers import (
     set_seed,
 )
 
+from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, PairCollator, PairDataset, PairSampler, Text, TextDataset, Tokens, tokenize
+from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
 from seer.layers import BaseModel, Head, find_layers, lm_head
 from seer.objective import Objective
 from seer.prototypes import Prototypes
+from seer.sampling import PairCollator, PairDataset, PairSampler, require_contrast
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Measurement:
     """Layer -> values of the adapted model."""
 
 
-class SeerTrainer(Trainer):
+class SeerTrainer(CheckpointingTrainer):
     """Trains a LoRA adapter so that hidden states gather by concept while the model stays as it was.
 
     A step of B pairs is one forward pass of the adapted model over 2 B rows (3 B with retain texts) and one of the base
@@ -67,7 +69,6 @@ class SeerTrainer(Trainer):
         InputError: layers not found or out of range, no head for the KL term, a concept with a single sample.
     """
 
-    args: SeerConfig
     objective: Objective
 
     def __init__(
@@ -86,6 +87,11 @@ class SeerTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES"
             )
         train_dataset.require_pairs()
+        require_contrast(args, len(train_dataset.names))
+        if (train_dataset.memberships.sum(1) > 1).any() and args.disentangle_loss != "info_nce":
+            raise InputError(
+                f"--disentangle_loss: expected info_nce for texts of several concepts, got {args.disentangle_loss}"
+            )
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
         if args.uses("kl") and lm_head(self.stack) is None:
@@ -105,15 +111,27 @@ class SeerTrainer(Trainer):
         self._positions = args.positions
         limits = (args.max_length, processing_class.model_max_length, _window(self.stack.root))
         self._max_length = min(limit for limit in limits if limit is not None)
-        pad_token_id = processing_class.pad_token_id
-        self._pad_token_id = 0 if pad_token_id is None else pad_token_id  # masked, so any token will do
-        rows = self._tokenize(train_dataset.texts)
+        self._pad_token_id = pad_token_id(processing_class)
+        self._truncation = args.truncation
+        self._tokenized: WeakKeyDictionary[TextDataset, list[Tokens]] = WeakKeyDictionary()
+        rows = self._rows(train_dataset)
+        self._require_positions(train_dataset)
         retain_rows = None
         if retain_dataset is not None:
-            retain_rows = tokenize(processing_class, retain_dataset.texts, self._max_length)
-        self._pairs = PairDataset(rows, train_dataset.concept_ids, retain_rows)
+            retain_rows = self._rows(retain_dataset)
+            warn_of_shared_texts(retain_rows, rows, "retain texts", "they are held where they were and moved at once")
+        if isinstance(eval_dataset, ConceptDataset) and eval_dataset is not train_dataset:
+            warn_of_shared_texts(self._rows(eval_dataset), rows, "held-out texts", "figures on them flatter")
+        self._pairs = PairDataset(rows, train_dataset.memberships, retain_rows)
         self._sampler = PairSampler(
-            train_dataset.concept_ids, args.seed if args.data_seed is None else args.data_seed, len(retain_rows or ())
+            train_dataset.memberships,
+            args.seed if args.data_seed is None else args.data_seed,
+            len(retain_rows or ()),
+            batch_size=args.train_batch_size,
+            processes=args.world_size,
+            concepts_per_batch=args.concepts_per_batch,
+            balance=args.balance,
+            lengths=[len(row.ids) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
         )
         self._concept_names = train_dataset.names
         self._term_sums: dict[str, Tensor] = {}
@@ -139,6 +157,14 @@ class SeerTrainer(Trainer):
             target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
+
+    def data_digests(self) -> dict[str, str]:
+        texts = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
+        concepts = digest(self._pairs.memberships.astype(int).tolist())
+        return {
+            "concepts_of_texts": concepts,
+            **{name: digest([row.ids for row in each]) for name, each in rows.items()},
+        }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
@@ -204,8 +230,8 @@ class SeerTrainer(Trainer):
                 f"dataset: expected the concepts {self._concept_names} as in training, got {dataset.names}"
             )
         training = self._encode_training()
-        rows = self._tokenize(dataset.texts)
-        held_out = self._encode(rows, with_kl=lm_head(self.stack) is not None)
+        self._require_positions(dataset)
+        held_out = self._encode(self._rows(dataset), with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 
         def separations(states: dict[int, Tensor], prototypes: Prototypes) -> dict[int, Separation]:
@@ -244,15 +270,19 @@ class SeerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Tokens of texts that are to be represented, all of which must have all positions."""
-        rows = tokenize(self._tokenizer, texts, self._max_length)
-        for text, row in zip(texts, rows, strict=True):
+    def _rows(self, dataset: TextDataset) -> list[Tokens]:
+        """Tokens; made, and remarked upon, once per data set."""
+        if dataset not in self._tokenized:
+            self._tokenized[dataset] = tokenize(self._tokenizer, dataset.texts, self._max_length, self._truncation)
+        return self._tokenized[dataset]
+
+    def _require_positions(self, dataset: ConceptDataset) -> None:
+        """Raise InputError unless all texts, which are to be represented, have all positions."""
+        for text, row in zip(dataset.texts, self._rows(dataset), strict=True):
             if "last_request" in self._positions and row.request_length == 0:
                 raise InputError(f"{text.source}: expected a request for --positions last_request, got none")
             if "response_mean" in self._positions and (text.response is None or row.request_length == len(row.ids)):
                 raise InputError(f"{text.source}: expected a response for --positions response_mean, got none")
-        return rows
 
     def _encode_training(self) -> Encoding:
         return self._encode(self._pairs.rows)
@@ -270,8 +300,8 @@ class SeerTrainer(Trainer):
         )
 
     def _make_prototypes(self, training_states: dict[int, Tensor]) -> Prototypes:
-        concept_ids = torch.from_numpy(self._pairs.concept_ids)
-        return Prototypes.from_representations(training_states, concept_ids, self._concept_names)
+        memberships = torch.from_numpy(self._pairs.memberships)
+        return Prototypes.from_representations(training_states, memberships, self._concept_names)
 
 
 class _SetPairEpoch(TrainerCallback):

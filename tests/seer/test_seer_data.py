@@ -1,17 +1,17 @@
-"""Reading texts, what is refused and how it is said, and the drawing of pairs."""
+"""Reading texts, what is refused and how it is said."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE
 
 from seer import ConceptDataset, InputError, TextDataset
-from seer.data import PairCollator, PairDataset, PairSampler, Text, Tokens, tokenize
+from seer.data import Text, pad_token_id, tokenize
 
 GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
 
@@ -99,6 +99,40 @@ def test_retain_texts_may_be_plain(tmp_path: Path) -> None:
         TextDataset.load(write(tmp_path / "n.csv", "words\nhello\n"))
 
 
+def test_a_text_may_have_several_concepts(tmp_path: Path) -> None:
+    csv_file = write(tmp_path / "m.csv", "prompt,response,concept\n1,r,b | a\n2,r,a\n3,r,c|b\n4,r,c\n")
+    rows = [["b", "a"], "a", ["c", "b"], "c"]
+    lines = [json.dumps({"prompt": str(i + 1), "response": "r", "concept": each}) for i, each in enumerate(rows)]
+    for file in (csv_file, write(tmp_path / "m.jsonl", "\n".join(lines))):
+        dataset = ConceptDataset.load(file)
+        assert dataset.names == ["a", "b", "c"]
+        assert dataset.memberships.tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]
+        assert dataset.concepts == ["b", "a", "c", "c"]
+        assert dataset.concept_ids.tolist() == [1, 0, 2, 2]
+        dataset.require_pairs()
+    as_it_stands = ConceptDataset.load(write(tmp_path / "s.jsonl", lines[0].replace('["b", "a"]', '"b|a"')))
+    assert as_it_stands.names == ["b|a"]
+    for cell, message in {
+        "a|": "expected a name, got nothing",
+        "a|d": r"expected one of \['a', 'b', 'c'\], got 'd'",
+    }.items():
+        with pytest.raises(InputError, match=rf"e\.csv:2: column concept: {message}"):
+            ConceptDataset.load(write(tmp_path / "e.csv", f"prompt,response,concept\n1,r,{cell}\n"), ["a", "b", "c"])
+    for cell in ("[]", '["a", ""]'):
+        with pytest.raises(InputError, match=r"e\.jsonl:1: column concept: expected a name, got nothing"):
+            ConceptDataset.load(write(tmp_path / "e.jsonl", f'{{"prompt": "p", "response": "r", "concept": {cell}}}'))
+
+
+def test_a_concept_that_is_always_named_second_keeps_two_samples_for_training() -> None:
+    concepts = [["a", "z"], ["a", "z"], ["a", "z"], *["a"] * 6]
+    dataset = ConceptDataset([Text(str(i), "r") for i in range(9)], concepts)
+    for seed in range(8):
+        training, held_out = dataset.split(0.7, seed)
+        assert training.memberships[:, 1].sum() >= 2
+        assert len(training) + len(held_out) == 9
+        assert training.names == held_out.names == ["a", "z"]
+
+
 def test_split_is_stratified_and_decided_by_the_seed() -> None:
     concepts = ["a"] * 20 + ["b"] * 10 + ["c"] * 3 + ["d"] * 2
     dataset = ConceptDataset([Text(str(i), "r", str(i)) for i in range(35)], concepts)
@@ -183,6 +217,49 @@ def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> No
         tokenize(tokenizer, [text], 2)
 
 
+def test_long_requests_may_lose_their_middle(tokenizer, monkeypatch, caplog) -> None:
+    request = "name a cat dog cow sheep goat horse is one"
+    text = Text(request, "iron tin", "s")
+    whole = tokenize(tokenizer, [text], 64)[0].ids
+    with caplog.at_level(logging.WARNING):
+        (row,) = tokenize(tokenizer, [text], len(whole) - 4, "middle")
+    assert "1 of 1 texts are longer than 12 tokens and were cut." in caplog.text
+    assert row.ids == tokenize(tokenizer, [Text("name a cat horse is one", "iron tin", "s")], 64)[0].ids
+    # When two words are left of the request, the end of the response goes.
+    (row,) = tokenize(tokenizer, [text], len(whole) - 9, "middle")
+    assert row.ids == tokenize(tokenizer, [Text("name one", "iron", "s")], 64)[0].ids
+    with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
+        tokenize(tokenizer, [text], 2, "middle")
+    assert tokenize(tokenizer, [Text("cat dog cow", None, "s")], 2, "middle") == tokenize(
+        tokenizer, [Text("cat dog", None, "s")], 2
+    )
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "longer than before" * len(ids))  # a tokenizer may do that
+    assert len(tokenize(tokenizer, [text], 10, "middle")[0].ids) <= 10
+
+
+def test_long_texts_may_be_refused(tokenizer) -> None:
+    texts = [Text("a", "cat", "s:2"), Text("a", "cat " * 20, "s:3"), Text("a", "dog " * 30, "s:4")]
+    with pytest.raises(InputError, match=r"s:3: expected at most 12 tokens .* got 25; 2 of 3 texts are too long"):
+        tokenize(tokenizer, texts, 12, "refuse")
+    assert tokenize(tokenizer, texts[:1], 12, "refuse") == tokenize(tokenizer, texts[:1], 12)
+
+
+def test_empty_responses_are_counted(tokenizer, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenize(tokenizer, [Text("a", "cat"), Text("a", ""), Text("one", " "), Text("dog")], 64)
+    assert "2 of 4 texts have an empty response: their request stands for them." in caplog.text
+
+
+def test_without_pad_token_another_is_taken_and_it_is_said(tokenizer, caplog) -> None:
+    assert pad_token_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+    assert f"The tokenizer has no pad token: token {tokenizer.eos_token_id} fills up" in caplog.text
+    tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) == 0
+
+
 def test_long_plain_texts_are_cut_at_the_end(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     rows = tokenize(tokenizer, [Text("cat dog " * 30, None, "s"), Text("cat dog " * 4, None, "s")], 8)
@@ -194,38 +271,3 @@ def test_text_without_tokens_is_refused(tokenizer, monkeypatch) -> None:
     tokenizer_without_words.chat_template = None
     with pytest.raises(InputError, match=r"here:7: expected text that the tokenizer knows"):
         tokenize(tokenizer_without_words, [Text("a", None, "here:7")], 8)
-
-
-IDS = np.array([0, 0, 1, 1, 1, 0, 2, 2])
-
-
-def test_pairs_are_two_samples_of_one_concept_and_every_sample_leads_once() -> None:
-    seen = set()
-    sampler = PairSampler(IDS, seed=0)
-    for epoch in range(20):
-        sampler.set_epoch(epoch)
-        pairs = list(sampler)
-        assert sorted(first for first, _ in pairs) == list(range(8))
-        assert all(first != second and IDS[first] == IDS[second] for first, second in pairs)
-        seen.update(pairs)
-    assert len(seen) == 3 * 2 + 3 * 2 + 2  # every ordered pair that exists
-
-
-def test_pairs_depend_on_seed_and_epoch_alone() -> None:
-    sampler, other = PairSampler(IDS, seed=1, retain_size=3), PairSampler(IDS, seed=1, retain_size=3)
-    first = list(sampler)
-    assert list(sampler) == first == list(other)
-    other.set_epoch(1)
-    assert list(other) != first
-    assert list(PairSampler(IDS, seed=2, retain_size=3)) != first
-    assert {retain for _, _, retain in first} == {0, 1, 2}
-
-
-def test_batch_layout() -> None:
-    rows, retain = [Tokens([1], 0), Tokens([2, 3], 1), Tokens([4, 5, 6], 2)], [Tokens([7, 8], 1)]
-    data = PairDataset(rows, np.array([0, 0, 0]), retain)
-    batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
-    assert batch["concept_ids"].tolist() == [0, 0]
-    assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
-    assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]
-    assert batch["request_lengths"].tolist() == [0, 2, 1, 0, 1, 1]

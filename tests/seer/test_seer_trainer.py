@@ -328,6 +328,22 @@ def test_evaluate_measures_the_adapted_model(make_model, make_config, dataset, t
     assert measurement.before[target] != measurement.after[target]
 
 
+def test_texts_that_serve_two_ends_are_counted_and_remarks_are_made_once(
+    make_model, make_config, dataset, tokenizer, caplog
+) -> None:
+    first = dataset.texts[:2]
+    retain = TextDataset([*first, Text("name one", "gold tin", "r1")])
+    held_out = ConceptDataset([*first, Text("cat", "")], ["fruit", "metal", "animal"])
+    trainer = SeerTrainer(
+        make_model("llama"), make_config(), dataset, tokenizer, eval_dataset=held_out, retain_dataset=retain
+    )
+    assert "2 of 3 retain texts are also among the training texts" in caplog.text
+    assert "2 of 3 held-out texts are also among the training texts" in caplog.text
+    for _ in range(2):
+        trainer.evaluate()
+    assert caplog.text.count("1 of 3 texts have an empty response") == 1
+
+
 def test_held_out_concepts_must_be_those_of_training(make_model, make_config, dataset, tokenizer) -> None:
     trainer = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
     other = ConceptDataset([Text("a", "cat"), Text("a", "dog")], ["animal", "plant"])
