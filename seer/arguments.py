@@ -24,6 +24,7 @@ Fine-tune a language model with LoRA so that its hidden states gather by concept
 Writes the adapter, the concept prototypes, the options and a table of held-out figures to --output_dir.
 
   seer train --model meta-llama/Llama-3.1-8B-Instruct --data concepts.csv --output_dir out
+  seer train --preset reference --model ... --data ...        the recipe of the paper
   seer train out/config.yaml --seed 1 --output_dir out-1      options of a run, and what to change
   seer train out/config.yaml --resume_from_checkpoint true    go on after a kill
 
@@ -41,6 +42,7 @@ _SECTIONS = {
         "held_out_share",
         "max_length",
         "truncation",
+        "preset",
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
@@ -49,6 +51,7 @@ _SECTIONS = {
         "per_device_train_batch_size",
         "concepts_per_batch",
         "balance",
+        "view_dropout",
         "train_sampling_strategy",
         "gradient_accumulation_steps",
         "per_device_eval_batch_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ DisentangleLoss = Literal["info_nce", "nt_xent", "sup_con", "ot_contrastive"]
 RetainLoss = Literal["norm", "sinkhorn"]
 KLForm = Literal["full", "label"]
 Balance = Literal["frequency", "balanced"]
+Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
 
 
@@ -33,7 +35,48 @@ _CHOICES = {
     "kl_form": get_args(KLForm),
     "balance": get_args(Balance),
     "truncation": get_args(Truncation),
+    "preset": get_args(Preset),
 }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Chen et al., arXiv 2502.05242, as its code runs; on four devices. Spelled out, whatever our defaults are.
+    "reference": {
+        "max_length": 1024,
+        "truncation": "end",
+        "view_dropout": 0.25,
+        "target_layers": None,  # 25 of 32
+        "positions": ["last"],
+        "disentangle_loss": "info_nce",
+        "temperature": 0.1,
+        "same_label": "negative",
+        "disentangle_weight": 10.0,
+        "disentangle_weight_end": None,
+        "retain_loss": "norm",
+        "retain_layers": None,
+        "retain_normalization": "example",
+        "retain_weight": 1.0,
+        "retain_weight_end": None,
+        "kl_form": "label",
+        "kl_weight": 1.0,
+        "kl_weight_end": None,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "per_device_train_batch_size": 8,
+        "concepts_per_batch": None,
+        "balance": "frequency",
+        "num_train_epochs": 2.0,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "bf16": True,
+        "gradient_checkpointing": True,
+    },
+}
+"""Options that `--preset NAME` sets unless they are given."""
 
 
 class _KnowsWhatWasGiven:
@@ -60,6 +103,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         InputError: a value out of its range; the message names the option.
     """
 
+    preset: Preset = field(
+        default="default",
+        metadata={
+            "help": "Values of what is not given: 'default', those shown here, or 'reference', the recipe of the "
+            "paper's code."
+        },
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for everything that the run writes."})
     model: str | None = field(default=None, metadata={"help": "Model to train: a local folder or a name on the Hub."})
     data: str | None = field(
@@ -135,6 +185,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "help": f"Token positions that stand for a text, of {', '.join(POSITIONS)}: its last token, the last one "
             "before the response, the mean over the response. L_d is averaged over them; prototypes and held-out "
             "figures are made at the first."
+        },
+    )
+    view_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the texts of pairs that lose a part: one half of them the response, the other half the "
+            "request. A pair is left out of L_d at a position that one of its texts lost."
         },
     )
     disentangle_weight: float = field(
@@ -235,6 +292,10 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        _check(self.preset in PRESETS, "preset", f"one of {tuple(PRESETS)}", self.preset)
+        for name, value in PRESETS[self.preset].items():
+            if name not in self._given:
+                setattr(self, name, copy(value))
         if self.output_dir is None:
             raise InputError("--output_dir: expected a folder, got none")
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -264,12 +325,17 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         _check(
             known and len({*self.positions}) == len(self.positions), "positions", f"some of {POSITIONS}", self.positions
         )
+        _check(0 <= self.view_dropout <= 1, "view_dropout", "a share from 0 to 1", self.view_dropout)
         if self.disentangle_loss in ("sup_con", "ot_contrastive"):
             if "same_label" not in self._given:
                 self.same_label = "positive"
             allowed = ("positive",) if self.disentangle_loss == "sup_con" else ("positive", "negative")
             expected = f"one of {allowed} with --disentangle_loss {self.disentangle_loss}"
             _check(self.same_label in allowed, "same_label", expected, self.same_label)
+
+    def pairs_may_lack_positions(self) -> bool:
+        """Whether view dropout may take away a token position that L_d reads."""
+        return self.view_dropout > 0 and self.positions != ["last"]
 
     def uses(self, term: str) -> bool:
         """Whether a term of the loss ("disentangle", "retain", "kl") has a weight at any time."""
@@ -286,7 +352,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
 
         What concerns one start only, `overwrite_output_dir` and `resume_from_checkpoint`, is left out.
         """
-        wanted = {"output_dir", "seed", *SeerConfig.__annotations__, *self._given}
+        wanted = {"output_dir", "seed", *SeerConfig.__annotations__, *PRESETS[self.preset], *self._given}
         wanted -= {"overwrite_output_dir", "resume_from_checkpoint"}
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in wanted}
 

@@ -236,7 +236,7 @@ def representations(
             mean over the response, and what the chat template puts behind it).
 
     Returns:
-        [P, L, R, D]; finite but of no meaning where a row lacks the position.
+        [P, L, R, D]; finite but of no meaning where a row lacks the position, see `has_positions`.
 
     Raises:
         InputError: the layers have different sizes.
@@ -260,6 +260,13 @@ def representations(
             index = (mask & (rank == last.unsqueeze(1) - 1)).int().argmax(1)  # (R,)
             found.append(torch.stack([part[rows, index] for part in states]))
     return torch.stack(found)
+
+
+def has_positions(attention_mask: Tensor, request_lengths: Tensor, positions: Sequence[str]) -> Tensor:
+    """Which rows have which positions: [P, R] bool. Arguments as in `representations`."""
+    lengths = attention_mask.bool().sum(1)
+    has = {"last": lengths > 0, "last_request": request_lengths > 0, "response_mean": request_lengths < lengths}
+    return torch.stack([has[position] for position in positions])
 
 
 @contextmanager

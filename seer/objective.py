@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seer.config import SeerConfig
-from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, representations
+from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, has_positions, representations
 from seer.losses import disentangle_loss, kl_to_base, retain_norms, retain_transport
 
 
@@ -152,6 +152,10 @@ class Objective:
         config, concept_ids = self.config, batch["concept_ids"]
         pairs = len(concept_ids)
         view1, view2 = torch.split(targets.permute(1, 2, 0, 3), pairs, dim=2)  # [P, L, B, D]
+        weights = None
+        if config.pairs_may_lack_positions():
+            has = has_positions(batch["attention_mask"], batch["request_lengths"], config.positions)  # [P, R]
+            weights = (has[:, :pairs] & has[:, pairs : 2 * pairs]).unsqueeze(1).float()  # [P, 1, B]
         loss, statistics = disentangle_loss(
             view1,
             view2,
@@ -159,6 +163,7 @@ class Objective:
             form=config.disentangle_loss,
             temperature=config.temperature,
             same_label=config.same_label,
+            weights=weights,
         )
         if statistics is None:
             return loss, {}

@@ -59,14 +59,30 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: tuple[int, ...]) -> dict[str, Any]:
         first, second, *retain = index
         texts = [self.rows[first], self.rows[second]]
+        if len(retain) > 1:
+            *retain, first_part, second_part = retain
+            texts = [_part(texts[0], first_part), _part(texts[1], second_part)]
         if self.retain_rows is not None:
             texts.append(self.retain_rows[retain[0]])
         concepts = self.memberships[[first, second]] if self._has_several else self._only_concept[first]
         return {"texts": texts, "concepts": torch.as_tensor(concepts)}
 
 
+_WHOLE, _REQUEST, _RESPONSE = range(3)
+
+
+def _part(text: Tokens, part: int) -> Tokens:
+    """A text, or its request or its response alone; a text without both of them stays whole."""
+    length = text.request_length
+    if part == _WHOLE or length in (0, len(text.ids)):
+        return text
+    return Tokens(text.ids[:length], length) if part == _REQUEST else Tokens(text.ids[length:], 0)
+
+
 class PairSampler(Sampler[tuple[int, ...]]):
     """Indices (first text, second text, retain text if there are any) of an epoch's pairs, in the order of training.
+
+    With view dropout two more numbers say what is left of the first and of the second text.
 
     The two texts of a pair are different samples that share the concept for which they were drawn. Without
     `concepts_per_batch` and with balance "frequency" every sample is the first text of a pair once per epoch. With
@@ -90,6 +106,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         processes: among which the batches are dealt in turn.
         concepts_per_batch: different concepts in a batch; None leaves it to chance.
         balance: "frequency" or "balanced".
+        view_dropout: share of the texts of pairs that lose a part: one half their response, the other their request.
         lengths: of the N texts: batches of similar length, for less padding. None leaves it to chance.
 
     Raises:
@@ -106,6 +123,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         processes: int = 1,
         concepts_per_batch: int | None = None,
         balance: str = "frequency",
+        view_dropout: float = 0.0,
         lengths: Sequence[int] | None = None,
     ) -> None:
         self.seed = seed
@@ -113,6 +131,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         self.batch_size = batch_size
         self.concepts_per_batch = concepts_per_batch
         self.balance = balance
+        self.view_dropout = view_dropout
         self.lengths = lengths
         self.epoch = 0
         self.samples = len(memberships)
@@ -176,6 +195,10 @@ class PairSampler(Sampler[tuple[int, ...]]):
             rounds = math.ceil(len(self) / self.retain_size)
             texts = np.concatenate([generator.permutation(self.retain_size) for _ in range(rounds)])
             pairs = np.concatenate([pairs, texts[: len(self), None]], axis=1)
+        if self.view_dropout:
+            shares = [1 - self.view_dropout, self.view_dropout / 2, self.view_dropout / 2]
+            parts = generator.choice([_WHOLE, _REQUEST, _RESPONSE], size=(len(pairs), 2), p=shares)
+            pairs = np.concatenate([pairs, parts], axis=1)
         return map(tuple, pairs.tolist())
 
     def _weights(self) -> np.ndarray:

@@ -88,10 +88,8 @@ class SeerTrainer(CheckpointingTrainer):
             )
         train_dataset.require_pairs()
         require_contrast(args, len(train_dataset.names))
-        if (train_dataset.memberships.sum(1) > 1).any() and args.disentangle_loss != "info_nce":
-            raise InputError(
-                f"--disentangle_loss: expected info_nce for texts of several concepts, got {args.disentangle_loss}"
-            )
+        if (train_dataset.memberships.sum(1) > 1).any():
+            _require_plain_pairs(args)
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
         if args.uses("kl") and lm_head(self.stack) is None:
@@ -131,6 +129,7 @@ class SeerTrainer(CheckpointingTrainer):
             processes=args.world_size,
             concepts_per_batch=args.concepts_per_batch,
             balance=args.balance,
+            view_dropout=args.view_dropout,
             lengths=[len(row.ids) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
         )
         self._concept_names = train_dataset.names
@@ -163,7 +162,7 @@ class SeerTrainer(CheckpointingTrainer):
         concepts = digest(self._pairs.memberships.astype(int).tolist())
         return {
             "concepts_of_texts": concepts,
-            **{name: digest([row.ids for row in each]) for name, each in rows.items()},
+            **{name: digest([row.ids for row in rows]) for name, rows in texts.items()},
         }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -314,6 +313,20 @@ class _SetPairEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _require_plain_pairs(args: SeerConfig) -> None:
+    """Raise InputError for what L_d cannot do with texts of several concepts."""
+    for option, only in (("disentangle_loss", "info_nce"),):
+        if getattr(args, option) != only:
+            raise InputError(
+                f"--{option}: expected {only} for texts of several concepts, got {getattr(args, option)!r}"
+            )
+    if args.pairs_may_lack_positions():
+        raise InputError(
+            "--view_dropout: expected 0 for texts of several concepts with --positions other than last, got "
+            f"{args.view_dropout}"
+        )
 
 
 def _window(model: PreTrainedModel) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 from seer import ConceptDataset, Prototypes, SeerConfig, SeerTrainer, run_training
 from seer.arguments import parse_training_arguments
 from seer.cli import main
+from seer.config import PRESETS
 from seer.data import tokenize
 from seer.layers import find_layers, forward_states
 
@@ -122,6 +124,39 @@ def test_the_written_config_is_the_run(flags, tmp_path) -> None:
     assert parse_training_arguments([str(tmp_path / "c.yaml"), "--kl_weight", "2"]).kl_weight == 2.0
     (tmp_path / "c.json").write_text(json.dumps({"output_dir": "x", "target_layers": [-1, 0], "bf16": False}))
     assert parse_training_arguments([str(tmp_path / "c.json")]).target_layers == [-1, 0]
+
+
+def test_the_reference_preset_is_the_recipe_of_the_paper(flags, tmp_path) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--same_label", "ignore", "--max_steps", "1"])
+    expected = {
+        **PRESETS["reference"],
+        "same_label": "ignore",  # given, though it is what it would be without the preset
+        "per_device_train_batch_size": 4,
+    }
+    saved = yaml.safe_load(Path(save(config, tmp_path)).read_text())
+    for name, value in expected.items():
+        assert saved[name] == value, name
+        assert getattr(config, name) == value, name
+    again = parse_training_arguments([save(config, tmp_path)])
+    assert again.to_dict() == config.to_dict()
+    in_python = SeerConfig(output_dir="o", preset="reference", use_cpu=True, same_label="ignore", learning_rate=3e-4)
+    assert (in_python.same_label, in_python.learning_rate, in_python.kl_form) == ("ignore", 3e-4, "label")
+    plain = SeerConfig(output_dir="o", use_cpu=True)
+    assert (plain.kl_form, plain.bf16) == ("full", False)
+    recipe = PRESETS["reference"]
+    assert (recipe["learning_rate"], recipe["same_label"], recipe["kl_form"]) == (1e-4, "negative", "label")
+    assert (recipe["view_dropout"], recipe["lora_r"], recipe["num_train_epochs"]) == (0.25, 16, 2.0)
+
+
+def save(config: SeerConfig, folder: Path) -> str:
+    config.save(folder / "preset.yaml")
+    return str(folder / "preset.yaml")
+
+
+def test_the_reference_preset_runs(flags) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--max_steps", "2"])
+    result = run_training(config)
+    assert result.metrics["target_layers"] == [2]
 
 
 def replaced(flags: list[str], name: str, value: str) -> list[str]:

@@ -472,3 +472,53 @@ def test_same_label_follows_the_loss_unless_given(make_config) -> None:
 def test_retain_layers_must_exist(make_model, make_config, dataset, tokenizer) -> None:
     with pytest.raises(InputError, match=r"--retain_layers: expected layers from -3 to 2 .* got 3"):
         SeerTrainer(make_model("llama"), make_config(retain_layers=[3]), dataset, tokenizer)
+
+
+def test_pairs_that_lack_a_position_are_left_out_there(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        view_dropout=0.6, positions=["response_mean", "last"], lora_dropout=0.0, retain_weight=0.0, kl_weight=0.0
+    )
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer))
+    losses, lacking = [], 0
+    for batch in trainer.get_train_dataloader():
+        texts, pairs = texts_of(batch), len(batch["concept_ids"])
+        parts = []
+        for position in config.positions:
+            kept = [
+                i
+                for i in range(pairs)
+                if position == "last" or all(texts[j].request_length < len(texts[j].ids) for j in (i, pairs + i))
+            ]
+            lacking += pairs - len(kept)
+            if not kept:
+                parts.append(torch.zeros((), dtype=torch.float64))
+                continue
+            z1, z2 = (
+                torch.stack(
+                    [
+                        at_position(states_and_logits(trainer, text.ids)[0][3][0], text.request_length, position)
+                        for text in (texts[start + i] for i in kept)
+                    ]
+                )
+                for start in (0, pairs)
+            )
+            scores = torch.nn.functional.cosine_similarity(z1[:, None], z2[None], dim=-1) / config.temperature
+            ids, own = batch["concept_ids"][kept], torch.eye(len(kept), dtype=torch.bool)
+            scores = scores.masked_fill((ids[:, None] == ids) & ~own, -torch.inf)
+            parts.append((scores.logsumexp(-1) - scores.diagonal()).mean())
+        expected = config.disentangle_weight * torch.stack(parts).mean()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-6, atol=0)
+        losses.append(expected)
+    assert len(losses) > 2
+    assert lacking > 2
+
+
+def test_texts_of_several_concepts_take_plain_options(make_model, make_config, dataset, tokenizer) -> None:
+    concepts = [[concept, "thing"] for concept in dataset.concepts]
+    several = ConceptDataset(dataset.texts, concepts)
+    for options, message in (
+        ({"disentangle_loss": "nt_xent"}, "--disentangle_loss: expected info_nce for texts of several concepts"),
+        ({"view_dropout": 0.1, "positions": ["response_mean"]}, "--view_dropout: expected 0 for texts of several"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SeerTrainer(make_model("llama"), make_config(**options), several, tokenizer)
