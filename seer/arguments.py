@@ -73,6 +73,7 @@ _SECTIONS = {
         "kl_form",
         "kl_weight",
         "kl_weight_end",
+        "cache_reference",
     ),
     "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
     "training": (

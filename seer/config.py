@@ -259,6 +259,14 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "- sum_t p_base(y_t) log p_adapted(y_t) of the tokens y_t of a text, mean over texts, as the paper's code."
         },
     )
+    cache_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the base model over the retain texts once and keep its hidden states in a file in "
+            "--output_dir during the run, instead of running it in every step. Takes (retain layers + 1) x hidden size "
+            "numbers per token."
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA adapter."})
@@ -326,6 +334,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             known and len({*self.positions}) == len(self.positions), "positions", f"some of {POSITIONS}", self.positions
         )
         _check(0 <= self.view_dropout <= 1, "view_dropout", "a share from 0 to 1", self.view_dropout)
+        needless = self.cache_reference and not (self.uses("retain") or self.uses("kl"))
+        _check(not needless, "cache_reference", "false where neither L_r nor L_kl has a weight", self.cache_reference)
         if self.disentangle_loss in ("sup_con", "ot_contrastive"):
             if "same_label" not in self._given:
                 self.same_label = "positive"

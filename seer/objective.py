@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from seer.config import SeerConfig
 from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, has_positions, representations
 from seer.losses import disentangle_loss, kl_to_base, retain_norms, retain_transport
+from seer.reference_cache import ReferenceCache
 
 
 class Outcome(NamedTuple):
@@ -52,6 +54,8 @@ class Objective:
         )
         self.base = base
         self.autocast = autocast
+        self.cache: ReferenceCache | None = None
+        """Of the retain texts; without it the base model runs in every step."""
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], progress: float
@@ -60,8 +64,8 @@ class Objective:
 
         Args:
             model: the model in training, in whatever wrapping.
-            batch: `concept_ids` (B,), `request_lengths` and model inputs of 2 B or 3 B rows: first texts, second texts,
-                retain texts. Without the last, the first texts serve.
+            batch: `concept_ids` and `retain_ids` (B,), `request_lengths` and model inputs of 2 B or 3 B rows: first
+                texts, second texts, retain texts. Without the last, the first texts serve.
             progress: share of the run that is done, for the schedules.
         """
         pairs = len(batch["concept_ids"])
@@ -77,7 +81,7 @@ class Objective:
         """One pass of the model over all rows, and one of the base model over the retain rows if a term needs it."""
         config = self.config
         inputs = dict(rows)
-        request_lengths = inputs.pop("request_lengths")
+        request_lengths, retain_ids = inputs.pop("request_lengths"), inputs.pop("retain_ids")
         mask = inputs["attention_mask"].bool()  # [R, T]
         with_kl = config.uses("kl")
         head_at = torch.zeros_like(mask)
@@ -85,8 +89,7 @@ class Objective:
         distances = divergences = mask.new_zeros(0, dtype=torch.float32)
         with self.autocast():
             if config.uses("retain") or with_kl:  # first, while no graph takes up memory
-                retain_inputs = {name: values[retain] for name, values in inputs.items()}
-                reference = self.base.forward_states(model, retain_inputs, head_at[retain] if with_kl else None)
+                before, before_head = self._reference(model, inputs, retain_ids, retain, head_at[retain])
             states = forward_states(model, inputs, self.stack, head_at if with_kl else None)
             found = representations(
                 [states.layers[layer][targets] for layer in self.target_layers],
@@ -95,10 +98,11 @@ class Objective:
                 config.positions,
             )
             if config.uses("retain"):
-                distances = self._distances(states, reference, mask[retain], retain)
-            if states.head_inputs is not None and reference.head_inputs is not None:
+                after = [part[retain] for part in self._compared(states)]
+                distances = self._distances(after, before, mask[retain])
+            if states.head_inputs is not None and before_head is not None:
                 divergences = self._divergences(
-                    states.head_inputs, reference.head_inputs, inputs["input_ids"][retain], head_at[retain]
+                    states.head_inputs, before_head, inputs["input_ids"][retain], head_at[retain]
                 )
         return Outcome(found.permute(2, 0, 1, 3), distances, divergences)
 
@@ -108,11 +112,37 @@ class Objective:
             return mask
         return mask & torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
-    def _distances(self, states: HiddenStates, reference: HiddenStates, mask: Tensor, retain: slice) -> Tensor:
-        def chosen(hidden: HiddenStates) -> list[Tensor]:
-            return hidden.all() if self.retain_layers is None else [hidden.layers[i] for i in self.retain_layers]
+    def _reference(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor, retain: slice, head_at: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What L_r compares, and what the head reads at the chosen tokens, of the base model at the retain rows."""
+        if self.cache is None:
+            rows = {name: values[retain] for name, values in inputs.items()}
+            hidden = self.base.forward_states(model, rows, head_at if self.config.uses("kl") else None)
+            return self._compared(hidden), hidden.head_inputs
+        states = self.cache.read(ids, inputs["attention_mask"][retain].bool())
+        return states, states.pop()[head_at] if self.config.uses("kl") else None
 
-        after, before = [part[retain] for part in chosen(states)], chosen(reference)
+    def cached_states(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What a ReferenceCache keeps of some texts: what L_r compares, and the input of the head if L_kl reads it."""
+        with_kl = self.config.uses("kl")
+        mask = inputs["attention_mask"].bool()
+        with self.autocast():
+            hidden = self.base.forward_states(model, inputs, mask if with_kl else None)
+        states = self._compared(hidden) if self.config.uses("retain") else []
+        if hidden.head_inputs is not None:
+            head_inputs = hidden.head_inputs.new_zeros(*mask.shape, hidden.head_inputs.shape[-1])
+            head_inputs[mask] = hidden.head_inputs
+            states = [*states, head_inputs]
+        # Mixed precision computes layers in types of their own.
+        dtype = functools.reduce(torch.promote_types, [part.dtype for part in states])
+        return [part.to(dtype) for part in states]
+
+    def _compared(self, hidden: HiddenStates) -> list[Tensor]:
+        """The hidden states that L_r compares."""
+        return hidden.all() if self.retain_layers is None else [hidden.layers[i] for i in self.retain_layers]
+
+    def _distances(self, after: list[Tensor], before: list[Tensor], mask: Tensor) -> Tensor:
         if self.config.retain_loss == "sinkhorn":
             return retain_transport(after, before, mask)
         return retain_norms(after, before, mask, normalization=self.config.retain_normalization)

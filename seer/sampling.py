@@ -65,7 +65,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         if self.retain_rows is not None:
             texts.append(self.retain_rows[retain[0]])
         concepts = self.memberships[[first, second]] if self._has_several else self._only_concept[first]
-        return {"texts": texts, "concepts": torch.as_tensor(concepts)}
+        return {"texts": texts, "concepts": torch.as_tensor(concepts), "retain_id": retain[0] if retain else first}
 
 
 _WHOLE, _REQUEST, _RESPONSE = range(3)
@@ -283,10 +283,11 @@ def pad_rows(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, Tensor]:
 
 
 class PairCollator:
-    """B pairs as one batch: rows [first texts; second texts; retain texts, if there are], and `concept_ids`.
+    """B pairs as one batch: rows [first texts; second texts; retain texts, if there are], and what they are.
 
     `concept_ids` is (B,) int64 where every text of the data set has one concept, else (B, 2, C) bool: which of the C
-    concepts the first and the second text of every pair have.
+    concepts the first and the second text of every pair have. `retain_ids` (B,) are the indices of the retain texts, or
+    of the first texts where these serve.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -297,4 +298,5 @@ class PairCollator:
         return {
             **pad_rows([row for view in views for row in view], self.pad_token_id),
             "concept_ids": torch.stack([item["concepts"] for item in items]),
+            "retain_ids": torch.tensor([item["retain_id"] for item in items]),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ from seer.evaluation import Encoding, Separation, encode, separation
 from seer.layers import BaseModel, Head, find_layers, lm_head
 from seer.objective import Objective
 from seer.prototypes import Prototypes
+from seer.reference_cache import ReferenceCache
 from seer.sampling import PairCollator, PairDataset, PairSampler, require_contrast
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,12 @@ class SeerTrainer(CheckpointingTrainer):
         if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
 
+        if args.cache_reference and retain_dataset is None and args.view_dropout > 0:
+            raise InputError(
+                "--cache_reference: expected retain texts that do not change; with --view_dropout "
+                f"{args.view_dropout} the first texts of pairs do, so give --retain_data"
+            )
+
         set_seed(args.seed)
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, self._lora_config(args))
@@ -164,6 +172,31 @@ class SeerTrainer(CheckpointingTrainer):
             "concepts_of_texts": concepts,
             **{name: digest([row.ids for row in rows]) for name, rows in texts.items()},
         }
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers; keeps the base model's states of the retain texts in a file meanwhile if so told."""
+        if not self.args.cache_reference:
+            return super().train(*arguments, **options)
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        with self.args.main_process_first(local=True, desc="reference states"):
+            cache = ReferenceCache(
+                folder / "reference_states.bin",
+                self._pairs.rows if self._pairs.retain_rows is None else self._pairs.retain_rows,
+                lambda inputs: self.objective.cached_states(model, inputs),
+                pad_token_id=self._pad_token_id,
+                batch_size=self.args.per_device_eval_batch_size,
+                device=self.args.device,
+                write=self.args.local_process_index == 0,
+            )
+        self.objective.cache = cache
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.objective.cache = None
+            if self.args.local_process_index == 0:
+                cache.remove()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""

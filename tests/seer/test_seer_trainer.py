@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -522,3 +524,53 @@ def test_texts_of_several_concepts_take_plain_options(make_model, make_config, d
     ):
         with pytest.raises(InputError, match=message):
             SeerTrainer(make_model("llama"), make_config(**options), several, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "retain_dataset"),
+    [
+        ({}, RETAIN),
+        ({}, None),
+        ({"retain_layers": [0, 2], "kl_form": "label"}, RETAIN),
+        ({"retain_weight": 0.0}, RETAIN),
+        ({"kl_weight": 0.0, "retain_layers": [1]}, None),
+        ({"bf16": True}, RETAIN),
+    ],
+)
+def test_cached_reference_is_the_recomputed_one(
+    make_model, make_config, dataset, tokenizer, tmp_path, options, retain_dataset
+) -> None:
+    logs = []
+    for cached in (False, True):
+        config = make_config(cache_reference=cached, max_steps=4, logging_steps=1, learning_rate=1e-2, **options)
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=retain_dataset)
+        exact(trainer).model.float()  # where nothing moved yet, L_r has the direction of rounding errors
+        seen: list[int] = []
+        trainer.stack.root.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        if cached:  # a text for its type, all texts in batches of eight, then the steps
+            texts = len(dataset) if retain_dataset is None else len(retain_dataset)
+            assert sum(seen[:-4]) == 1 + texts
+            assert seen[-4:] == [12 if retain_dataset else 8] * 4
+    tolerance = 2e-2 if "bf16" in options else 1e-4
+    for recomputed, cached in zip(*logs, strict=True):
+        for name in {"loss", "L_d", "L_r", "L_kl"} & {*recomputed}:
+            assert cached[name] == pytest.approx(recomputed[name], rel=tolerance, abs=2e-4), name
+    assert logs[0][-1]["loss"] != logs[0][0]["loss"]
+    assert not list(tmp_path.rglob("reference_states*"))
+
+
+def test_reference_cannot_be_cached(make_model, make_config, dataset, tokenizer, monkeypatch) -> None:
+    with pytest.raises(InputError, match="--cache_reference: expected false where neither L_r nor L_kl has a weight"):
+        make_config(cache_reference=True, retain_weight=0.0, kl_weight=0.0)
+    config = make_config(cache_reference=True, view_dropout=0.2, max_steps=1)
+    with pytest.raises(InputError, match="--cache_reference: expected retain texts that do not change"):
+        SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+    SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    trainer = SeerTrainer(make_model("llama"), make_config(cache_reference=True, max_steps=1), dataset, tokenizer)
+    with pytest.raises(InputError, match=r"--cache_reference: expected room for 0\.0 GiB in .*got 0\.0 GiB"):
+        trainer.train()
