@@ -122,6 +122,18 @@ class HiddenStates:
         return [self.embeddings, *self.layers]
 
 
+def compile_layers(stack: LayerStack, **options: Any) -> None:
+    """Let torch compile what happens inside of each layer: hidden states are read between them, by hooks.
+
+    Args:
+        stack: the layers.
+        options: of `torch.compile`.
+    """
+    for layer in stack.layers:
+        # Texts have all lengths: a graph for any saves one for the first.
+        layer.forward = torch.compile(layer.forward, dynamic=True, **options)
+
+
 class Head:
     """The part of a model behind its last layer norm: states [K, D] to next-token logits [K, V].
 

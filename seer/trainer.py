@@ -28,7 +28,7 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import BaseModel, Head, find_layers, lm_head
+from seer.layers import BaseModel, Head, compile_layers, find_layers, lm_head
 from seer.objective import Objective
 from seer.prototypes import Prototypes
 from seer.reference_cache import ReferenceCache
@@ -154,6 +154,8 @@ class SeerTrainer(CheckpointingTrainer):
         )
         if args.uses("kl"):
             Head(self.stack).check(self.stack)
+        if args.torch_compile:
+            compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
@@ -172,6 +174,12 @@ class SeerTrainer(CheckpointingTrainer):
             "concepts_of_texts": concepts,
             **{name: digest([row.ids for row in rows]) for name, rows in texts.items()},
         }
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without compilation of the whole model, whose layers are compiled instead: see `compile_layers`."""
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        arguments.pop("dynamo_plugin", None)
+        return arguments
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As in transformers; keeps the base model's states of the retain texts in a file meanwhile if so told."""

@@ -574,3 +574,32 @@ def test_reference_cannot_be_cached(make_model, make_config, dataset, tokenizer,
     trainer = SeerTrainer(make_model("llama"), make_config(cache_reference=True, max_steps=1), dataset, tokenizer)
     with pytest.raises(InputError, match=r"--cache_reference: expected room for 0\.0 GiB in .*got 0\.0 GiB"):
         trainer.train()
+
+
+def test_compiled_layers_give_the_same_losses(make_model, make_config, dataset, tokenizer) -> None:
+    logs = []
+    for compiled in (False, True):
+        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        config = make_config(max_steps=2, logging_steps=1, lora_dropout=0.0, target_layers=[0], **options)
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+        exact(trainer).model.float()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for plain, compiled_log in zip(*logs, strict=True):
+        for name in ("loss", "L_d", "L_r", "L_kl"):
+            assert compiled_log[name] == pytest.approx(plain[name], rel=1e-4), name
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_mixed_precision_and_activation_checkpointing_run(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(max_steps=2, logging_steps=1, bf16=True, gradient_checkpointing=True, lora_dropout=0.0)
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    plain = SeerTrainer(
+        make_model("llama"), make_config(max_steps=1, logging_steps=1, lora_dropout=0.0), dataset, tokenizer
+    )
+    plain.train()
+    assert logs[0]["L_d"] == pytest.approx(plain.state.log_history[0]["L_d"], rel=0.05)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
