@@ -75,7 +75,7 @@ _SECTIONS = {
         "kl_weight_end",
         "cache_reference",
     ),
-    "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
+    "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (
         "num_train_epochs",
         "max_steps",

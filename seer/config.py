@@ -21,6 +21,8 @@ DisentangleLoss = Literal["info_nce", "nt_xent", "sup_con", "ot_contrastive"]
 RetainLoss = Literal["norm", "sinkhorn"]
 KLForm = Literal["full", "label"]
 Balance = Literal["frequency", "balanced"]
+Adapter = Literal["lora", "dora", "none"]
+Quantization = Literal["none", "4bit", "8bit"]
 Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
 
@@ -36,6 +38,8 @@ _CHOICES = {
     "balance": get_args(Balance),
     "truncation": get_args(Truncation),
     "preset": get_args(Preset),
+    "adapter": get_args(Adapter),
+    "quantization": get_args(Quantization),
 }
 
 
@@ -61,6 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_form": "label",
         "kl_weight": 1.0,
         "kl_weight_end": None,
+        "adapter": "lora",
+        "quantization": "none",
         "lora_r": 16,
         "lora_alpha": 16,
         "lora_dropout": 0.05,
@@ -267,6 +273,17 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "numbers per token."
         },
     )
+    adapter: Adapter = field(
+        default="lora",
+        metadata={
+            "help": "What is trained: a 'lora' or 'dora' adapter on the layers up to the last target layer, or with "
+            "'none' all weights; the base model is then a frozen copy, which takes its memory once more."
+        },
+    )
+    quantization: Quantization = field(
+        default="none",
+        metadata={"help": "Load the base model with weights of '4bit' (NF4) or '8bit', by the package bitsandbytes."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA adapter."})
@@ -334,6 +351,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             known and len({*self.positions}) == len(self.positions), "positions", f"some of {POSITIONS}", self.positions
         )
         _check(0 <= self.view_dropout <= 1, "view_dropout", "a share from 0 to 1", self.view_dropout)
+        trainable = self.adapter != "none" or self.quantization == "none"
+        _check(trainable, "quantization", "none with --adapter none, which trains all weights", self.quantization)
         needless = self.cache_reference and not (self.uses("retain") or self.uses("kl"))
         _check(not needless, "cache_reference", "false where neither L_r nor L_kl has a weight", self.cache_reference)
         if self.disentangle_loss in ("sup_con", "ot_contrastive"):

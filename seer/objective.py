@@ -169,7 +169,8 @@ class Objective:
             elif config.retain_normalization == "token":
                 terms["L_r"] = outcome.distances.sum() / tokens
             else:
-                layer_share = len(self.target_layers) / (max(self.target_layers) + 1)
+                adapted = max(self.target_layers) + 1 if self.base.copy is None else len(self.stack.layers)
+                layer_share = len(self.target_layers) / adapted
                 terms["L_r"] = outcome.distances.mean() * (layer_share / 100)
         if len(outcome.divergences):
             full = config.kl_form == "full"

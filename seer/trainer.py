@@ -28,7 +28,7 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import BaseModel, Head, compile_layers, find_layers, lm_head
+from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head
 from seer.objective import Objective
 from seer.prototypes import Prototypes
 from seer.reference_cache import ReferenceCache
@@ -58,8 +58,8 @@ class SeerTrainer(CheckpointingTrainer):
     model, which is the same model with its adapter disabled, over B rows.
 
     Args:
-        model: any transformers model; it is wrapped with LoRA in place. A model that peft already wraps is used with
-            the adapter it has.
+        model: any transformers model; it gets an adapter in place, unless all its weights are to be trained. A model
+            that peft already wraps is used with the adapter it has.
         args: the options.
         train_dataset: texts by concept, two or more of each.
         processing_class: the model's tokenizer.
@@ -109,9 +109,15 @@ class SeerTrainer(CheckpointingTrainer):
             )
 
         set_seed(args.seed)
-        if not isinstance(model, PeftModel):
-            model = get_peft_model(model, self._lora_config(args))
-        self.base = BaseModel(self.stack)
+        if args.adapter == "none":
+            if isinstance(model, PeftModel):
+                raise InputError("--adapter: expected lora or dora for a model that has an adapter, got none")
+            model.requires_grad_(True)
+            self.base = BaseModel(self.stack, freeze_copy(self.stack))
+        else:
+            if not isinstance(model, PeftModel):
+                model = get_peft_model(model, self._lora_config(args))
+            self.base = BaseModel(self.stack)
 
         self._tokenizer = processing_class
         self._positions = args.positions
@@ -163,6 +169,7 @@ class SeerTrainer(CheckpointingTrainer):
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
+            use_dora=args.adapter == "dora",
             target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )

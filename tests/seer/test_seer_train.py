@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,14 @@ def save(config: SeerConfig, folder: Path) -> str:
     return str(folder / "preset.yaml")
 
 
+def test_all_weights_are_written(flags, tmp_path) -> None:
+    run_training(parse_training_arguments([*flags, "--adapter", "none", "--learning_rate", "1e-2"]))
+    written = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = LlamaForCausalLM.from_pretrained(flags[1]).state_dict()
+    assert not any(torch.equal(written[name], value) for name, value in before.items())
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
 def test_the_reference_preset_runs(flags) -> None:
     config = parse_training_arguments([*flags, "--preset", "reference", "--max_steps", "2"])
     result = run_training(config)
@@ -175,6 +184,7 @@ def replaced(flags: list[str], name: str, value: str) -> list[str]:
         (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (["--held_out_share", "1"], "--held_out_share: expected a share from 0 up to but not 1, got 1.0"),
         (["--same_label", "both"], "argument --same_label/--same-label: invalid choice: 'both'"),
+        (["--adapter", "none", "--quantization", "4bit"], "--quantization: expected none with --adapter none"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--learning_rat", "1"], "expected options, got '--learning_rat'; did you mean --learning_rate?"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint: expected a checkpoint in --output_dir"),
@@ -218,6 +228,24 @@ def test_bad_data_names_file_and_line(flags, tmp_path, capsys) -> None:
     assert main(["train", *flags, "--data", str(file)]) == 2
     assert f"{file}:4: expected two samples or more of concept 'y', got this one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantization_needs_its_package(flags, capsys) -> None:
+    assert main(["train", *flags, "--quantization", "4bit"]) == 2
+    assert "--quantization: expected the package bitsandbytes to be installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_bases_are_trained(flags, tokenizer, tmp_path, bits) -> None:
+    """Wide enough for a block of four-bit weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    more = ["--model", str(tmp_path / "wide"), "--quantization", bits, "--learning_rate", "1e-2"]
+    metrics = run_training(parse_training_arguments([*flags, *more])).metrics
+    assert metrics["held_out"]["kl_to_base_nats_per_token"]["after"] > 0
 
 
 def test_a_model_without_decoder_layers(flags, tmp_path, tokenizer, capsys) -> None:

@@ -603,3 +603,50 @@ def test_mixed_precision_and_activation_checkpointing_run(make_model, make_confi
     plain.train()
     assert logs[0]["L_d"] == pytest.approx(plain.state.log_history[0]["L_d"], rel=0.05)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_dora_is_trained_and_can_be_disabled(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = SeerTrainer(
+        make_model("llama"), make_config(adapter="dora", max_steps=2, learning_rate=1e-2), dataset, tokenizer
+    )
+    magnitudes = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "magnitude" in n}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert magnitudes
+    assert any(not torch.equal(after[name], value) for name, value in magnitudes.items())
+    measured = trainer.measure(dataset)
+    plain = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).measure(dataset)
+    torch.testing.assert_close(measured.encoding.before, plain.encoding.before)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_all_weights_are_trained_against_a_frozen_copy(make_model, make_config, dataset, tokenizer, cached) -> None:
+    config = make_config(
+        adapter="none",
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        cache_reference=cached,
+        gradient_checkpointing=True,
+    )
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    original = make_model("llama").state_dict()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (logs[0]["L_r"], logs[0]["L_kl"]) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+    assert logs[-1]["L_r"] > 1e-3
+    assert logs[-1]["L_kl"] > 1e-3
+    trained = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    assert not any(torch.equal(trained[name], value) for name, value in original.items())
+    frozen = trainer.base.copy.root.state_dict()
+    assert all(torch.equal(frozen[name].cpu(), value) for name, value in original.items())
+    measured = trainer.measure(dataset)
+    plain = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).measure(dataset)
+    torch.testing.assert_close(measured.encoding.before, plain.encoding.before)
+    assert measured.encoding.kl > 1e-3
+
+
+def test_an_adapter_that_is_there_cannot_be_wished_away(make_model, make_config, dataset, tokenizer) -> None:
+    wrapped = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).model
+    with pytest.raises(InputError, match="--adapter: expected lora or dora for a model that has an adapter, got none"):
+        SeerTrainer(wrapped, make_config(adapter="none"), dataset, tokenizer)
