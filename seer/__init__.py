@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from seer.data import ConceptDataset, Text, TextDataset
     from seer.errors import InputError, RunStopped
     from seer.prototypes import Prototypes
-    from seer.train import TrainingResult, run_training
+    from seer.train import TrainingResult, check_run, run_training
     from seer.trainer import SeerTrainer
 
 _HOME = {
@@ -27,6 +27,7 @@ _HOME = {
     "Text": "seer.data",
     "TextDataset": "seer.data",
     "TrainingResult": "seer.train",
+    "check_run": "seer.train",
     "run_training": "seer.train",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "Text",
     "TextDataset",
     "TrainingResult",
+    "check_run",
     "run_training",
 ]
 

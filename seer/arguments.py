@@ -27,6 +27,7 @@ Writes the adapter, the concept prototypes, the options and a table of held-out 
   seer train --preset reference --model ... --data ...        the recipe of the paper
   seer train out/config.yaml --seed 1 --output_dir out-1      options of a run, and what to change
   seer train out/config.yaml --resume_from_checkpoint true    go on after a kill
+  seer train out/config.yaml --max_steps 0                    check data, layers and memory; write nothing
 
 The data has one text per row: a request (prompt), its response, and the concept it belongs to. Training draws pairs of
 one concept and pulls their last hidden states together at the target layers (L_d), with two terms that hold the model
@@ -97,6 +98,13 @@ _SECTIONS = {
 }
 
 
+_FROM_THE_PAPER = frozenset(
+    {"max_length", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "weight_decay"}
+    | {"disentangle_weight", "retain_weight", "kl_weight", "temperature", "retain_normalization"}
+    | {"lora_r", "lora_alpha", "lora_dropout"}
+)
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if isinstance(value, list):
@@ -129,11 +137,16 @@ class _Parser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults there are, keeps the description's lines, and one spelling of every flag."""
+    """Shows the defaults and whose they are, keeps the description's lines, and one spelling of every flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = _DEFAULTS.get(action.dest)
-        return action.help if default in (None, "") else f"{action.help} (default: {default})"
+        if default in (None, ""):
+            return action.help
+        owner = "seer's" if action.dest in SeerConfig.__annotations__ else "transformers'"
+        if action.dest in _FROM_THE_PAPER:
+            owner = "the paper's"
+        return f"{action.help} (default: {default}, {owner})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = action.option_strings[0]

@@ -40,9 +40,13 @@ def _run(command: str, arguments: list[str]) -> None:
 
     if command == "train":
         from seer.arguments import parse_training_arguments
-        from seer.train import run_training
+        from seer.train import check_run, run_training
 
-        run_training(parse_training_arguments(arguments))
+        config = parse_training_arguments(arguments)
+        if config.max_steps == 0:
+            check_run(config)
+        else:
+            run_training(config)
     elif command == "demo":
         from seer.demo import run_demo
 

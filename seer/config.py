@@ -175,7 +175,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         default=None,
         metadata={
             "help": "Decoder layers whose output is disentangled: 0 is the first layer, -1 the last. Default: the one "
-            "at 25/32 of the depth."
+            "at 25/32 of the depth, as in the paper."
         },
     )
     layers_path: str | None = field(
@@ -300,6 +300,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of texts per device and step."})
     num_train_epochs: float = field(
         default=2.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
+    )
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Optimiser steps, in place of --num_train_epochs. 0: check data, layers and batches, print how "
+            "much memory a run takes, and write nothing."
+        },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of AdamW."})
     lr_scheduler_type: SchedulerType | str = field(

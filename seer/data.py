@@ -7,9 +7,9 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -17,6 +17,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from seer.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,9 @@ class Text(NamedTuple):
 class TextDataset(Dataset[Text]):
     """Texts on which the model's behaviour is kept."""
 
+    _LAYOUTS: ClassVar[list[tuple[str, ...]]] = [("prompt", "response"), ("text",)]
+    """Columns that a row may have; the first that fits is read."""
+
     def __init__(self, texts: Sequence[Text]) -> None:
         if not texts:
             raise InputError("expected at least one text, got none")
@@ -48,7 +54,23 @@ class TextDataset(Dataset[Text]):
         Raises:
             InputError: names the file and line.
         """
-        rows = _read(data, [("prompt", "response"), ("text",)])
+        return cls._from_rows(_checked(_read(data), cls._LAYOUTS, data))
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset, columns: Mapping[str, str] | None = None) -> TextDataset:
+        """The rows of a `datasets.Dataset`.
+
+        Args:
+            dataset: with columns prompt and response, or text.
+            columns: where they have other names: `{"prompt": "question"}` reads the prompt from the column question.
+
+        Raises:
+            InputError: names the row.
+        """
+        return cls._from_rows(_checked(_rows_of(dataset, "data set", columns), cls._LAYOUTS, "data set"))
+
+    @classmethod
+    def _from_rows(cls, rows: Iterable[tuple[str, dict[str, Any]]]) -> TextDataset:
         return cls([Text(row.get("text", row.get("prompt", "")), row.get("response"), source) for source, row in rows])
 
     def __len__(self) -> int:
@@ -69,6 +91,8 @@ class ConceptDataset(TextDataset):
     Raises:
         InputError: no text, an empty or unknown name; the message names the source.
     """
+
+    _LAYOUTS: ClassVar[list[tuple[str, ...]]] = [("prompt", "response", "concept")]
 
     names: list[str]
     """C names."""
@@ -114,9 +138,32 @@ class ConceptDataset(TextDataset):
         Raises:
             InputError: the message names the file and line.
         """
-        rows = list(_read(data, [("prompt", "response", "concept")]))
-        texts = [Text(row["prompt"], row["response"], source) for source, row in rows]
         separator = "|" if Path(data).suffix == ".csv" else None
+        return cls._from_labelled_rows(_checked(_read(data), cls._LAYOUTS, data), names, separator)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: datasets.Dataset, columns: Mapping[str, str] | None = None, names: Sequence[str] | None = None
+    ) -> ConceptDataset:
+        """The rows of a `datasets.Dataset`.
+
+        Args:
+            dataset: with columns prompt, response and concept; a concept is a name, a class label or a list of either.
+            columns: where they have other names: `{"concept": "label"}` reads the concept from the column label.
+            names: the allowed concepts; by default any. Those that do not occur are left out.
+
+        Raises:
+            InputError: names the row.
+        """
+        rows = _checked(_rows_of(dataset, "data set", columns), cls._LAYOUTS, "data set")
+        return cls._from_labelled_rows(rows, names, separator=None)
+
+    @classmethod
+    def _from_labelled_rows(
+        cls, rows: Iterable[tuple[str, dict[str, Any]]], names: Sequence[str] | None, separator: str | None
+    ) -> ConceptDataset:
+        rows = list(rows)
+        texts = [Text(row["prompt"], row["response"], source) for source, row in rows]
         concepts = [_names(row["concept"], separator) for _, row in rows]
         dataset = cls(texts, concepts, names)
         return cls(texts, concepts, [name for name in dataset.names if any(name in each for each in concepts)])
@@ -168,19 +215,23 @@ def _names(concept: str | list[str], separator: str | None) -> list[str]:
     return [concept] if separator is None else [name.strip() for name in concept.split(separator)]
 
 
-def _read(data: str, layouts: list[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (source, row) for every row of a file or data set; a row has the columns of the first layout that fits."""
+def _read(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (source, row) for every row of a file or data set of the Hub."""
     path = Path(data).expanduser()
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix in readers:
         if not path.is_file():
             raise InputError(f"{data}: expected a file, got {'a folder' if path.is_dir() else 'nothing there'}")
-        rows = readers[path.suffix](path)
-    elif path.exists():
+        return readers[path.suffix](path)
+    if path.exists():
         raise InputError(f"{data}: expected a name that ends in .csv or .jsonl, got {path.name!r}")
-    else:
-        rows = _read_hub(data)
+    return _read_hub(data)
 
+
+def _checked(
+    rows: Iterable[tuple[str, dict[str, Any]]], layouts: list[tuple[str, ...]], name: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same rows, each with the columns of the first layout that fits, of which every value is known to be text."""
     columns: tuple[str, ...] | None = None
     for source, row in rows:
         columns = next((layout for layout in layouts if set(layout) <= set(row)), None)
@@ -196,7 +247,7 @@ def _read(data: str, layouts: list[tuple[str, ...]]) -> Iterator[tuple[str, dict
                 raise InputError(f"{source}: column {column}: expected text, got {value!r}")
         yield source, {column: row[column] for column in columns}
     if columns is None:
-        raise InputError(f"{data}: expected at least one row, got an empty file")
+        raise InputError(f"{name}: expected at least one row, got none")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -252,13 +303,24 @@ def _read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(
             f"{name}: expected a .csv or .jsonl file or a data set with a split 'train'; {error}"
         ) from error
+    yield from _rows_of(dataset, name)
+
+
+def _rows_of(
+    dataset: datasets.Dataset, name: str, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows under our names for their columns, and class labels by name."""
+    for ours, theirs in (columns or {}).items():
+        if theirs not in dataset.column_names:
+            raise InputError(f"columns: expected {ours} in one of {dataset.column_names}, got {theirs!r}")
     decoders = {
         column: feature.int2str
         for column, each in dataset.features.items()
         if hasattr(feature := getattr(each, "feature", each), "int2str")  # a class, or a list of classes
     }
     for index, row in enumerate(dataset):
-        yield f"{name}, row {index}", {key: decoders[key](v) if key in decoders else v for key, v in row.items()}
+        decoded = {key: decoders[key](value) if key in decoders else value for key, value in row.items()}
+        yield f"{name}, row {index}", {**decoded, **{ours: decoded[theirs] for ours, theirs in (columns or {}).items()}}
 
 
 class Tokens(NamedTuple):

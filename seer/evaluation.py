@@ -116,5 +116,27 @@ def separation(states: Tensor, concept_ids: Tensor, prototypes: Prototypes, laye
     )
 
 
+def separation_by_concept(
+    states: Tensor, concept_ids: Tensor, prototypes: Prototypes, layer: int
+) -> dict[str, Separation]:
+    """The same for the samples of each concept that occurs: to each other, to all other samples, to the prototypes."""
+    directions = normalize(states.double(), dim=-1)
+    everything = directions.sum(0)
+    nearest = prototypes.similarity(layer, states).argmax(-1)
+    result = {}
+    for concept_id, name in enumerate(prototypes.concepts):
+        members = concept_ids == concept_id
+        count, others = int(members.sum()), int((~members).sum())
+        if count == 0:
+            continue
+        own = directions[members].sum(0)
+        result[name] = Separation(
+            same_concept_cosine=_mean(float(own @ own) - count, count * (count - 1)),
+            different_concept_cosine=_mean(float(own @ (everything - own)), count * others),
+            nearest_prototype_accuracy=float((nearest[members] == concept_id).double().mean()),
+        )
+    return result
+
+
 def _mean(total: float, count: int) -> float | None:
     return total / count if count else None

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,19 +31,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
 from seer.checkpoints import UNFINISHED, StopOnSigterm
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset
+from seer.dry_run import MemoryEstimate, dry_run
 from seer.errors import InputError, RunStopped
 from seer.files import atomic_path
+from seer.plots import plot_learning_curves
 from seer.prototypes import Prototypes
+from seer.report import model_card
 from seer.trainer import Measurement, SeerTrainer
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("seer-kernels", "torch", "transformers", "peft", "accelerate", "datasets")
 _OWN_FILES = (
+    "README.md",
+    "learning_curves.png",
     "config.yaml",
     "metrics.json",
     "prototypes.safetensors",
@@ -68,7 +76,7 @@ class TrainingResult:
     concepts: list[str]
     """The N concept names of those samples."""
     output_dir: str
-    """Folder with the adapter, prototypes.safetensors, config.yaml and metrics.json."""
+    """Folder with the adapter, prototypes.safetensors, config.yaml, metrics.json, learning_curves.png and README.md."""
 
 
 def run_training(
@@ -86,20 +94,14 @@ def run_training(
     Raises:
         InputError: bad options or data.
     """
-    if config.data is None:
-        raise InputError("--data: expected texts by concept, a .csv or .jsonl file or the name of a data set; got none")
-    dataset = ConceptDataset.load(config.data, config.concepts)
-    retain_dataset = None if config.retain_data is None else TextDataset.load(config.retain_data)
-    training, held_out = dataset.split(config.held_out_share, config.seed)
+    if config.max_steps == 0:
+        raise InputError("--max_steps: expected a number of steps, or -1 for whole epochs, got 0; see seer.check_run")
+    data = _load_data(config)
     checkpoint = _checkpoint_to_resume(config)
     if config.should_save:
         _claim_output_dir(config, resuming=checkpoint is not None)
-    if model is None:
-        model, tokenizer = load_model(config)
-    elif tokenizer is None:
-        raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
-
-    trainer = SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain_dataset)
+    trainer = _make_trainer(config, data, model, tokenizer)
+    training, held_out, _ = data
     output_dir = Path(str(config.output_dir))
     if checkpoint is not None:
         trainer.require_same_run(checkpoint)
@@ -115,18 +117,15 @@ def run_training(
         "target_layers": trainer.target_layers,
         "held_out": None if measurement is None else _as_metrics(measurement),
         "training": {"steps": outcome.global_step, "seconds": round(outcome.metrics["train_runtime"], 1)},
-        "versions": {name: version(name) for name in ("seer-kernels", "torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in _PACKAGES},
     }
+    try:
+        _save_adapter(trainer, output_dir)
+        if config.should_save:
+            _write_results(trainer, training, prototypes, metrics, output_dir)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}") from error
     if config.should_save:
-        try:
-            _save_adapter(trainer, tokenizer, output_dir)
-            prototypes.save(output_dir / "prototypes.safetensors")
-            with atomic_path(output_dir / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise RunStopped(
-                f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}"
-            ) from error
         if measurement is not None:
             Console().print(_table(measurement, len(held_out or ())))
         Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
@@ -140,6 +139,51 @@ def run_training(
         concepts=[] if held_out is None else held_out.concepts,
         output_dir=str(output_dir),
     )
+
+
+def check_run(
+    config: SeerConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> MemoryEstimate:
+    """Check data, template, layers and batches of a run and print what it would take; writes nothing.
+
+    Args and errors as `run_training`. `seer train --max_steps 0` does this.
+    """
+    data = _load_data(config)
+    training, held_out, _ = data
+    with TemporaryDirectory() as folder:  # a Trainer makes its output folder
+        elsewhere = copy(config)
+        elsewhere.output_dir = folder
+        return dry_run(_make_trainer(elsewhere, data, model, tokenizer), training, held_out)
+
+
+def _load_data(config: SeerConfig) -> tuple[ConceptDataset, ConceptDataset | None, TextDataset | None]:
+    """Training samples, held-out samples, retain texts; once it is known that the figures have somewhere to go."""
+    try:
+        for reporter in get_reporting_integration_callbacks(config.report_to):  # type: ignore[no-untyped-call]
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report_to: {error}") from error
+    if config.data is None:
+        raise InputError("--data: expected texts by concept, a .csv or .jsonl file or the name of a data set; got none")
+    dataset = ConceptDataset.load(config.data, config.concepts)
+    retain_dataset = None if config.retain_data is None else TextDataset.load(config.retain_data)
+    return *dataset.split(config.held_out_share, config.seed), retain_dataset
+
+
+def _make_trainer(
+    config: SeerConfig,
+    data: tuple[ConceptDataset, ConceptDataset | None, TextDataset | None],
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> SeerTrainer:
+    if model is None:
+        model, tokenizer = load_model(config)
+    elif tokenizer is None:
+        raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
+    training, held_out, retain = data
+    return SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain)
 
 
 def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -235,15 +279,32 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_adapter(trainer: SeerTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Write the adapter and the tokenizer; each file appears whole or not at all."""
+def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
+    """Write the adapter and the tokenizer; each file appears whole or not at all. All processes take part."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers what is sharded
+    if not trainer.args.should_save:
+        return
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
         # Under an adapter the embeddings are never trained.
-        model.save_pretrained(temporary, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
-        tokenizer.save_pretrained(temporary)
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(temporary, state_dict=weights, **options)
+        trainer.tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)
+
+
+def _write_results(
+    trainer: SeerTrainer, training: ConceptDataset, prototypes: Prototypes, metrics: dict[str, Any], output_dir: Path
+) -> None:
+    prototypes.save(output_dir / "prototypes.safetensors")
+    with atomic_path(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    curves = plot_learning_curves(trainer.state.log_history, output_dir / "learning_curves.png")
+    counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
+    pictures = [] if curves is None else [curves.name]
+    with atomic_path(output_dir / "README.md") as temporary:
+        temporary.write_text(model_card(trainer.args, metrics, counts=counts, pictures=pictures), encoding="utf-8")
 
 
 def _as_metrics(measurement: Measurement) -> dict[str, Any]:
@@ -252,6 +313,10 @@ def _as_metrics(measurement: Measurement) -> dict[str, Any]:
         "layers": {
             str(layer): {"before": asdict(measurement.before[layer]), "after": asdict(measurement.after[layer])}
             for layer in measurement.before
+        },
+        "by_concept": {
+            str(layer): {concept: asdict(values) for concept, values in concepts.items()}
+            for layer, concepts in measurement.by_concept.items()
         },
         "kl_to_base_nats_per_token": None if kl is None else {"before": 0.0, "after": kl},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -27,8 +28,8 @@ from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
-from seer.evaluation import Encoding, Separation, encode, separation
-from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head
+from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
+from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head, without_dropout
 from seer.objective import Objective
 from seer.prototypes import Prototypes
 from seer.reference_cache import ReferenceCache
@@ -49,6 +50,8 @@ class Measurement:
     """Layer -> values of the base model, with prototypes of its own."""
     after: dict[int, Separation]
     """Layer -> values of the adapted model."""
+    by_concept: dict[int, dict[str, Separation]]
+    """Layer -> concept -> values of its held-out samples under the adapted model."""
 
 
 class SeerTrainer(CheckpointingTrainer):
@@ -156,7 +159,7 @@ class SeerTrainer(CheckpointingTrainer):
             train_dataset=self._pairs,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_SetPairEpoch(self._sampler), *(callbacks or [])],
+            callbacks=[_FirstPassWithAdapter(), _SetPairEpoch(self._sampler), *(callbacks or [])],
         )
         if args.uses("kl"):
             Head(self.stack).check(self.stack)
@@ -212,6 +215,34 @@ class SeerTrainer(CheckpointingTrainer):
             self.objective.cache = None
             if self.args.local_process_index == 0:
                 cache.remove()
+
+    @property
+    def training_rows(self) -> Sequence[Tokens]:
+        """The training texts."""
+        return self._pairs.rows
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def decode(self, index: int) -> str:
+        """A training text as the model reads it."""
+        return str(self._tokenizer.decode(self._pairs.rows[index].ids))
+
+    def largest_batch(self) -> dict[str, Tensor]:
+        """The batch with the most tokens that the data can make: the longest texts, padded to the longest of them."""
+
+        def longest(rows: Sequence[Tokens], count: int) -> list[int]:
+            order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+            return [order[place % len(order)] for place in range(count)]
+
+        pairs = self.args.train_batch_size
+        first = longest(self._pairs.rows, pairs)
+        columns = [first, first]
+        if self._pairs.retain_rows is not None:
+            columns.append(longest(self._pairs.retain_rows, pairs))
+        batch: dict[str, Tensor] = self.data_collator([self._pairs[index] for index in zip(*columns, strict=True)])
+        return batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of pairs; how many workers load them is up to the `dataloader_*` options."""
@@ -290,6 +321,10 @@ class SeerTrainer(CheckpointingTrainer):
             encoding=held_out,
             before=separations(held_out.before, self._make_prototypes(training.before)),
             after=separations(held_out.after, prototypes),
+            by_concept={
+                layer: separation_by_concept(held_out.after[layer], concept_ids, prototypes, layer)
+                for layer in self.target_layers
+            },
         )
 
     def evaluate(  # type: ignore[override]
@@ -301,16 +336,15 @@ class SeerTrainer(CheckpointingTrainer):
         """Measure the adapted model on held-out samples; every value is the mean over target layers.
 
         Returns:
-            `<prefix>_same_concept_cosine`, `<prefix>_different_concept_cosine`, `<prefix>_nearest_prototype_accuracy`
-            and, for a model with a language-model head, `<prefix>_kl_to_base` in nats per token.
+            `<prefix>_same_concept_cosine`, `<prefix>_different_concept_cosine`, `<prefix>_nearest_prototype_accuracy`,
+            each also as `<name>/<concept>` for the samples of one concept, and, for a model with a language-model head,
+            `<prefix>_kl_to_base` in nats per token.
         """
         measurement = self.measure(eval_dataset)
-        by_layer = [asdict(values) for values in measurement.after.values()]
-        metrics = {
-            f"{metric_key_prefix}_{name}": sum(values[name] for values in by_layer) / len(by_layer)
-            for name, first in by_layer[0].items()
-            if first is not None
-        }
+        metrics = _mean_over_layers(metric_key_prefix, "", measurement.after.values())
+        for concept in next(iter(measurement.by_concept.values())):
+            of_concept = [values[concept] for values in measurement.by_concept.values()]
+            metrics |= _mean_over_layers(metric_key_prefix, f"/{concept}", of_concept)
         if measurement.encoding.kl is not None:
             metrics[f"{metric_key_prefix}_kl_to_base"] = measurement.encoding.kl
         self.log(dict(metrics))
@@ -351,6 +385,25 @@ class SeerTrainer(CheckpointingTrainer):
         return Prototypes.from_representations(training_states, memberships, self._concept_names)
 
 
+class _FirstPassWithAdapter(TrainerCallback):
+    """FSDP settles which parameters are trained, and their dtypes, at the first forward pass. That must not be the one
+    of the base model, in which the adapter is disabled."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        is_sharded = isinstance(model, FSDPModule)
+        if is_sharded:
+            one_token = torch.ones(1, 1, dtype=torch.int64, device=args.device)
+            with torch.no_grad(), without_dropout(model):
+                model(input_ids=one_token, attention_mask=one_token)
+
+
 class _SetPairEpoch(TrainerCallback):
     """Tells the sampler the epoch; accelerate does not in a resumed run of several processes."""
 
@@ -375,6 +428,15 @@ def _require_plain_pairs(args: SeerConfig) -> None:
             "--view_dropout: expected 0 for texts of several concepts with --positions other than last, got "
             f"{args.view_dropout}"
         )
+
+
+def _mean_over_layers(prefix: str, suffix: str, layers: Iterable[Separation]) -> dict[str, float]:
+    by_layer = [asdict(values) for values in layers]
+    return {
+        f"{prefix}_{name}{suffix}": sum(values[name] for values in by_layer) / len(by_layer)
+        for name, first in by_layer[0].items()
+        if first is not None
+    }
 
 
 def _window(model: PreTrainedModel) -> int | None:

@@ -69,8 +69,7 @@ def make_model() -> Callable[[str], PreTrainedModel]:
     return random_model
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>"]
@@ -87,6 +86,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
 def rows() -> list[tuple[str, str, str]]:
     """Six samples of three concepts, of different lengths."""
     return [
@@ -96,10 +100,14 @@ def rows() -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.fixture
-def dataset() -> ConceptDataset:
+def make_dataset() -> ConceptDataset:
     texts = [Text(prompt, response, f"row {index}") for index, (prompt, response, _) in enumerate(rows())]
     return ConceptDataset(texts, [concept for _, _, concept in rows()])
+
+
+@pytest.fixture
+def dataset() -> ConceptDataset:
+    return make_dataset()
 
 
 @pytest.fixture

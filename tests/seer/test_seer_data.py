@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import CHAT_TEMPLATE
 
@@ -44,7 +45,7 @@ def test_csv_and_jsonl_give_the_same_texts(tmp_path: Path) -> None:
             "prompt,response\na,b\n",
             r"a\.csv:2: missing column 'concept'; got columns \['prompt', 'response'\]",
         ),
-        ("a.csv", "", r"a\.csv: expected at least one row, got an empty file"),
+        ("a.csv", "", r"a\.csv: expected at least one row, got none"),
         ("a.csv", "prompt,response,concept\n", r"a\.csv: expected at least one row"),
         ("a.csv", GOOD + "e,f,\n", r"a\.csv:4: column concept: expected a name, got nothing"),
         ("a.csv", GOOD + "e,f\n", r"a\.csv:4: expected 3 columns as in the header, got 2"),
@@ -121,6 +122,31 @@ def test_a_text_may_have_several_concepts(tmp_path: Path) -> None:
     for cell in ("[]", '["a", ""]'):
         with pytest.raises(InputError, match=r"e\.jsonl:1: column concept: expected a name, got nothing"):
             ConceptDataset.load(write(tmp_path / "e.jsonl", f'{{"prompt": "p", "response": "r", "concept": {cell}}}'))
+
+
+def test_any_dataset_of_the_library_will_do() -> None:
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "response": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "labels": datasets.List(datasets.ClassLabel(names=["x", "y"])),
+        }
+    )
+    columns = {"question": ["q0", "q1"], "response": ["r0", "r1"], "label": [1, 0], "labels": [[0, 1], [1]]}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    single = ConceptDataset.from_dataset(rows, {"prompt": "question", "concept": "label"})
+    assert single.concepts == ["yes", "no"]
+    assert single[0] == Text("q0", "r0", "data set, row 0")
+    several = ConceptDataset.from_dataset(rows, {"prompt": "question", "concept": "labels"})
+    assert several.memberships.tolist() == [[1, 1], [0, 1]]
+    assert TextDataset.from_dataset(rows, {"text": "question"})[1] == Text("q1", None, "data set, row 1")
+    with pytest.raises(InputError, match=r"data set, row 0: missing column 'concept', 'prompt'; got columns"):
+        ConceptDataset.from_dataset(rows)
+    with pytest.raises(InputError, match=r"columns: expected prompt in one of \['question', .* got 'prompts'"):
+        ConceptDataset.from_dataset(rows, {"prompt": "prompts"})
+    with pytest.raises(InputError, match=r"data set: expected at least one row, got none"):
+        TextDataset.from_dataset(rows.select([]), {"text": "question"})
 
 
 def test_a_concept_that_is_always_named_second_keeps_two_samples_for_training() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from seer import ConceptDataset, Prototypes, SeerConfig, SeerTrainer, run_training
+from seer import ConceptDataset, InputError, Prototypes, SeerConfig, SeerTrainer, check_run, run_training
 from seer.arguments import parse_training_arguments
 from seer.cli import main
 from seer.config import PRESETS
@@ -51,6 +53,7 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
         "prototypes.safetensors",
         "config.yaml",
         "metrics.json",
+        "README.md",
         "checkpoint-4",
         "tokenizer.json",
     }
@@ -93,6 +96,75 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
         torch.testing.assert_close(torch.from_numpy(result.representations_after[layer]), held_out_states[layer])
         torch.testing.assert_close(prototypes.layers[layer], expected.layers[layer])
         assert np.abs(result.representations_before[layer] - result.representations_after[layer]).max() > 1e-3
+
+
+def test_a_run_ends_with_a_card_and_curves(flags, tmp_path) -> None:
+    more = ["--held_out_share", "0.5", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2"]
+    metrics = run_training(parse_training_arguments([*flags, *more])).metrics
+    out = tmp_path / "out"
+    assert (out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == flags[1]
+    for row in (
+        "| animal | 3 |",
+        "| layer | measure | before | after |",
+        f"| torch | {metrics['versions']['torch']} |",
+    ):
+        assert row in card.text
+    after = metrics["held_out"]["by_concept"]["2"]["fruit"]
+    assert f"| 2 | fruit | {after['same_concept_cosine']:.3f} | {after['different_concept_cosine']:.3f} |" in card.text
+    assert "![learning curves](learning_curves.png)" in card.text
+    (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    assert options == (out / "config.yaml").read_text()
+
+
+def test_figures_of_the_evaluations_reach_tensorboard(flags, tmp_path, monkeypatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    more = ["--report_to", "tensorboard", "--held_out_share", "0.5", "--logging_steps", "2"]
+    run_training(parse_training_arguments([*flags, *more, "--eval_strategy", "steps", "--eval_steps", "2"]))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    scalars = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    for name in ("train/L_d", "train/L_kl", "eval/kl_to_base", "eval/nearest_prototype_accuracy/animal"):
+        assert scalars[name] == [2, 4]
+
+
+def test_a_reporter_that_is_not_there_is_named(flags, tmp_path, monkeypatch, capsys) -> None:
+    assert main(["train", *flags, "--report_to", "pigeons"]) == 2
+    assert "--report_to: pigeons is not supported, only" in capsys.readouterr().err
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert main(["train", *flags, "--report_to", "wandb"]) == 2
+    assert "--report_to: WandbCallback requires wandb to be installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_steps_is_a_dry_run(flags, data_file, tmp_path, capsys) -> None:
+    dry = [*flags, "--max_steps", "0", "--retain_data", str(data_file)]
+    assert main(["train", *dry]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for fact in ("animal 5, fruit 5, metal 5", "3 in model.layers; target 2", "4 per epoch", "12 rows x "):
+        assert fact in printed
+    assert "<user> name a <unk> <end> <assistant> apple <end>" in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["train", *dry, "--target_layers", "7"]) == 2
+    with pytest.raises(InputError, match=r"--max_steps: expected a number of steps, .* got 0; see seer\.check_run"):
+        run_training(parse_training_arguments(dry))
+
+
+def test_the_memory_estimate_counts_what_is_there(make_model, make_config, tokenizer, data_file) -> None:
+    def estimate(**options):
+        config = make_config(data=str(data_file), max_steps=0, **options)
+        return check_run(config, model=make_model("llama"), tokenizer=tokenizer)
+
+    small, large = estimate(), estimate(per_device_train_batch_size=8)
+    base = sum(p.numel() for p in make_model("llama").parameters())
+    trained = small.gradients_and_optimizer // 12
+    assert small.weights == 4 * (base + trained)
+    # Per token at least the input of each of 7 projections in 3 layers.
+    assert small.activations > 8 * 15 * 3 * (3 * 32 + 32 + 2 * 32 + 48) * 4
+    assert 1.8 < large.activations / small.activations < 2.2
+    assert estimate(kl_weight=0.0).activations < small.activations
 
 
 def test_training_raises_the_accuracy_on_separable_concepts(flags) -> None:
@@ -263,7 +335,9 @@ def test_help_shows_every_option_with_its_default(capsys) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for name in SeerConfig.__annotations__:
         assert name in text
-    assert "Temperature of L_d. (default: 0.1)" in text
+    assert "Temperature of L_d. (default: 0.1, the paper's)" in text
+    assert "(default: ignore, seer's)" in text
+    assert "(default: 1, transformers')" in text
     assert main([]) == 0
     assert "seer train --help" in capsys.readouterr().out
 

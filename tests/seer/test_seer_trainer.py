@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
 from seer.data import Text, Tokens
-from seer.evaluation import separation
+from seer.evaluation import separation, separation_by_concept
 from seer_kernels import sinkhorn_divergence
 
 
@@ -252,11 +252,9 @@ def test_encoder_without_head(make_model, make_config, dataset, tokenizer) -> No
     trainer = SeerTrainer(make_model("bert"), config, dataset, tokenizer, eval_dataset=dataset)
     trainer.train()
     assert {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert set(trainer.evaluate()) == {
-        "eval_same_concept_cosine",
-        "eval_different_concept_cosine",
-        "eval_nearest_prototype_accuracy",
-    }
+    measures = ("same_concept_cosine", "different_concept_cosine", "nearest_prototype_accuracy")
+    suffixes = ("", "/animal", "/fruit", "/metal")
+    assert set(trainer.evaluate()) == {f"eval_{name}{suffix}" for name in measures for suffix in suffixes}
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(
@@ -367,6 +365,21 @@ def test_separation_is_that_of_all_pairs() -> None:
     nearest = [max(range(3), key=lambda c: float(states[i] @ prototypes.layers[4][c])) for i in range(7)]
     assert values.nearest_prototype_accuracy == sum(int(a == b) for a, b in zip(nearest, ids, strict=True)) / 7
     assert separation(states[2:4], ids[2:4], prototypes, 4).same_concept_cosine is None
+
+
+def test_separation_of_single_concepts_is_that_of_their_pairs() -> None:
+    states, ids = torch.randn(7, 5), torch.tensor([0, 0, 1, 2, 2, 2, 0])
+    prototypes = Prototypes(list("abcd"), {4: torch.nn.functional.normalize(torch.randn(4, 5), dim=-1)})
+    values = separation_by_concept(states, ids, prototypes, 4)
+    assert list(values) == ["a", "b", "c"]
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
+    own, others = ids == 2, ids != 2
+    same = (cosines[own][:, own].sum() - 3) / 6
+    assert values["c"].same_concept_cosine == pytest.approx(float(same), abs=1e-6)
+    assert values["c"].different_concept_cosine == pytest.approx(float(cosines[own][:, others].mean()), abs=1e-6)
+    nearest = (states[own] @ prototypes.layers[4].T).argmax(-1)
+    assert values["c"].nearest_prototype_accuracy == pytest.approx(float((nearest == 2).float().mean()))
+    assert values["b"].same_concept_cosine is None
 
 
 def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
