@@ -45,6 +45,8 @@ _SAME_ON_RESUME = frozenset(
         "truncation",
         "target_layers",
         "layers_path",
+        "adapter",
+        "quantization",
         "lora_r",
         "lora_alpha",
         "per_device_train_batch_size",

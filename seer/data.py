@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import sys
@@ -322,10 +323,19 @@ def _rows_of(
         yield f"{name}, row {index}", {**decoded, **{ours: decoded[theirs] for ours, theirs in (columns or {}).items()}}
 
 
+class Tokens(NamedTuple):
+    """One text as a model reads it."""
+
+    ids: list[int]
+    request_length: int
+    """How many of the ids come before the response: the request with all that the chat template puts in front of a
+    response, so that the last of them is where the model would begin to answer. 0 in plain text."""
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, truncation: str = "end"
-) -> list[list[int]]:
-    """Token ids of every text: in the tokenizer's chat template, or else request, empty line, response.
+) -> list[Tokens]:
+    """Tokens of every text: in the tokenizer's chat template, or else request, empty line, response.
 
     A text that is too long is shortened before the template is applied: the last token, whose state represents the
     text, means the same in every text. What is unusual about the texts is said in one warning each, with a count.
@@ -346,6 +356,7 @@ def tokenize(
     silent = sum(text.response is not None and not text.response.strip() for text in texts)
     if silent:
         logger.warning("%d of %d texts have an empty response: their request stands for them.", silent, len(texts))
+    texts = list(texts)
     rows = [_token_ids(tokenizer, text) for text in texts]
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
@@ -358,13 +369,12 @@ def tokenize(
             "and --truncation is refuse"
         )
     for index in too_long:
-        text = texts[index]
         while len(rows[index]) > max_length:
-            text = _shorten(tokenizer, text, len(rows[index]) - max_length, truncation)
-            rows[index] = _token_ids(tokenizer, text)
+            texts[index] = _shorten(tokenizer, texts[index], len(rows[index]) - max_length, truncation)
+            rows[index] = _token_ids(tokenizer, texts[index])
     if too_long:
         logger.warning("%d of %d texts are longer than %d tokens and were cut.", len(too_long), len(texts), max_length)
-    return rows
+    return [Tokens(ids, _request_length(tokenizer, text, ids)) for text, ids in zip(texts, rows, strict=True)]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -376,27 +386,45 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return substitute
 
 
-def warn_of_shared_texts(rows: Sequence[list[int]], training_rows: Sequence[list[int]], what: str, why: str) -> None:
+def warn_of_shared_texts(rows: Sequence[Tokens], training_rows: Sequence[Tokens], what: str, why: str) -> None:
     """Say how many texts are also among those that concepts are learned from."""
-    training = set(map(tuple, training_rows))
-    shared = sum(tuple(row) in training for row in rows)
+    training = {tuple(row.ids) for row in training_rows}
+    shared = sum(tuple(row.ids) in training for row in rows)
     if shared:
         logger.warning("%d of %d %s are also among the training texts: %s.", shared, len(rows), what, why)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, awaits_response: bool = False) -> list[int]:
+    """Ids of a text, or of what a response to it follows."""
     if tokenizer.chat_template is None or text.response is None:
         string, complete = "\n\n".join(filter(None, (text.prompt, text.response))), False
+        if awaits_response:
+            string += "\n\n"
     else:
         turns = (("user", text.prompt), ("assistant", text.response))
         messages = [{"role": role, "content": content} for role, content in turns if content]
         try:
             # A chat template writes the special tokens itself.
-            string, complete = str(tokenizer.apply_chat_template(messages, tokenize=False)), True
+            string = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=awaits_response))
         except TemplateError as error:
             raise InputError(f"{text.source}: the tokenizer's chat template refuses this text; {error}") from error
+        complete = True
     ids: list[int] = tokenizer(string, add_special_tokens=not complete, verbose=False)["input_ids"]
     return ids
+
+
+def _request_length(tokenizer: PreTrainedTokenizerBase, text: Text, ids: list[int]) -> int:
+    """Tokens of a text before its response: those that the request alone, ready for a response, begins with too.
+
+    What a tokenizer merges across the boundary belongs to the response.
+    """
+    if text.response is None or not text.prompt:
+        return 0
+    if not text.response:
+        return len(ids)
+    request = _token_ids(tokenizer, text._replace(response=""), awaits_response=True)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(request, ids, strict=False))
+    return sum(1 for _ in shared)
 
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, text: Text, excess: int, truncation: str) -> Text:

@@ -93,7 +93,7 @@ def _facts(
     args, stack = trainer.args, trainer.stack
     table = Table(title="Dry run", show_header=False)
     counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
-    lengths = np.array([len(row) for row in trainer.training_rows])
+    lengths = np.array([len(row.ids) for row in trainer.training_rows])
     steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
     rows, tokens = batch["input_ids"].shape
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in _model(trainer).parameters()]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from seer.config import SeerConfig
+from seer.data import Tokens
 from seer.errors import InputError
 
 
@@ -35,16 +36,16 @@ def require_contrast(config: SeerConfig, concepts: int) -> None:
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """Token ids of the training samples, indexed by what a PairSampler draws.
+    """Tokens of the training samples, indexed by what a PairSampler draws.
 
     Args:
-        rows: token ids of N texts.
+        rows: tokens of N texts.
         memberships: [N, C] bool, which concepts a text has.
-        retain_rows: token ids of the retain texts, if there are any.
+        retain_rows: tokens of the retain texts, if there are any.
     """
 
     def __init__(
-        self, rows: Sequence[list[int]], memberships: np.ndarray, retain_rows: Sequence[list[int]] | None = None
+        self, rows: Sequence[Tokens], memberships: np.ndarray, retain_rows: Sequence[Tokens] | None = None
     ) -> None:
         self.rows = rows
         self.memberships = memberships
@@ -58,14 +59,30 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: tuple[int, ...]) -> dict[str, Any]:
         first, second, *retain = index
         texts = [self.rows[first], self.rows[second]]
+        if len(retain) > 1:
+            *retain, first_part, second_part = retain
+            texts = [_part(texts[0], first_part), _part(texts[1], second_part)]
         if self.retain_rows is not None:
             texts.append(self.retain_rows[retain[0]])
         concepts = self.memberships[[first, second]] if self._has_several else self._only_concept[first]
-        return {"texts": texts, "concepts": torch.as_tensor(concepts)}
+        return {"texts": texts, "concepts": torch.as_tensor(concepts), "retain_id": retain[0] if retain else first}
+
+
+_WHOLE, _REQUEST, _RESPONSE = range(3)
+
+
+def _part(text: Tokens, part: int) -> Tokens:
+    """A text, or its request or its response alone; a text without both of them stays whole."""
+    length = text.request_length
+    if part == _WHOLE or length in (0, len(text.ids)):
+        return text
+    return Tokens(text.ids[:length], length) if part == _REQUEST else Tokens(text.ids[length:], 0)
 
 
 class PairSampler(Sampler[tuple[int, ...]]):
     """Indices (first text, second text, retain text if there are any) of an epoch's pairs, in the order of training.
+
+    With view dropout two more numbers say what is left of the first and of the second text.
 
     The two texts of a pair are different samples that share the concept for which they were drawn. Without
     `concepts_per_batch` and with balance "frequency" every sample is the first text of a pair once per epoch. With
@@ -89,6 +106,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         processes: among which the batches are dealt in turn.
         concepts_per_batch: different concepts in a batch; None leaves it to chance.
         balance: "frequency" or "balanced".
+        view_dropout: share of the texts of pairs that lose a part: one half their response, the other their request.
         lengths: of the N texts: batches of similar length, for less padding. None leaves it to chance.
 
     Raises:
@@ -105,6 +123,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         processes: int = 1,
         concepts_per_batch: int | None = None,
         balance: str = "frequency",
+        view_dropout: float = 0.0,
         lengths: Sequence[int] | None = None,
     ) -> None:
         self.seed = seed
@@ -112,6 +131,7 @@ class PairSampler(Sampler[tuple[int, ...]]):
         self.batch_size = batch_size
         self.concepts_per_batch = concepts_per_batch
         self.balance = balance
+        self.view_dropout = view_dropout
         self.lengths = lengths
         self.epoch = 0
         self.samples = len(memberships)
@@ -175,6 +195,10 @@ class PairSampler(Sampler[tuple[int, ...]]):
             rounds = math.ceil(len(self) / self.retain_size)
             texts = np.concatenate([generator.permutation(self.retain_size) for _ in range(rounds)])
             pairs = np.concatenate([pairs, texts[: len(self), None]], axis=1)
+        if self.view_dropout:
+            shares = [1 - self.view_dropout, self.view_dropout / 2, self.view_dropout / 2]
+            parts = generator.choice([_WHOLE, _REQUEST, _RESPONSE], size=(len(pairs), 2), p=shares)
+            pairs = np.concatenate([pairs, parts], axis=1)
         return map(tuple, pairs.tolist())
 
     def _weights(self) -> np.ndarray:
@@ -248,20 +272,22 @@ def _take_turns(members: np.ndarray, blocks: int, size: int, generator: np.rando
     return np.array(taken[: blocks * size], dtype=np.int64)
 
 
-def pad_rows(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest: `input_ids` and `attention_mask`, both (R, T) int64."""
-    tensors = [torch.tensor(row) for row in rows]
+def pad_rows(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest: `input_ids` and `attention_mask`, both (R, T), `request_lengths` (R,); int64."""
+    tensors = [torch.tensor(row.ids) for row in rows]
     return {
+        "request_lengths": torch.tensor([row.request_length for row in rows]),
         "input_ids": pad_sequence(tensors, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True),
     }
 
 
 class PairCollator:
-    """B pairs as one batch: rows [first texts; second texts; retain texts, if there are], and `concept_ids`.
+    """B pairs as one batch: rows [first texts; second texts; retain texts, if there are], and what they are.
 
     `concept_ids` is (B,) int64 where every text of the data set has one concept, else (B, 2, C) bool: which of the C
-    concepts the first and the second text of every pair have.
+    concepts the first and the second text of every pair have. `retain_ids` (B,) are the indices of the retain texts, or
+    of the first texts where these serve.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -272,4 +298,5 @@ class PairCollator:
         return {
             **pad_rows([row for view in views for row in view], self.pad_token_id),
             "concept_ids": torch.stack([item["concepts"] for item in items]),
+            "retain_ids": torch.tensor([item["retain_id"] for item in items]),
         }

@@ -10,12 +10,14 @@ import signal
 from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -25,6 +27,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +56,8 @@ _OWN_FILES = (
     "prototypes.safetensors",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
 )
 
 
@@ -184,21 +189,35 @@ def _make_trainer(
 def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load `config.model` and its tokenizer: with its language-model head if it was saved as a causal model.
 
-    The weights are bfloat16 where an accelerator supports it or `--bf16` is given, else float32; the adapter on top of
-    them is float32.
+    Under an adapter, which is float32, the weights are bfloat16 where an accelerator supports it or `--bf16` is given;
+    otherwise, and where they are trained themselves, float32. With `--quantization` its linear layers have 4 or 8 bits.
 
     Raises:
-        InputError: nothing that transformers can load.
+        InputError: nothing that transformers can load, or bitsandbytes is missing.
     """
     if config.model is None:
         raise InputError("--model: expected a local folder or a name on the Hub, got none")
-    dtype = torch.bfloat16 if config.bf16 or _accelerator_has_bfloat16(config.device) else torch.float32
+    half = config.adapter != "none" and (config.bf16 or _accelerator_has_bfloat16(config.device))
+    dtype = torch.bfloat16 if half else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if config.quantization != "none":
+        if find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"--quantization: expected the package bitsandbytes to be installed (pip install bitsandbytes) for "
+                f"{config.quantization!r}, got none"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=config.quantization == "4bit",
+            load_in_8bit=config.quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         model_config = AutoConfig.from_pretrained(config.model)
         causal_class = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None), "__name__", None)
         saved_as = model_config.architectures or [causal_class]
         auto = AutoModelForCausalLM if causal_class is not None and causal_class in saved_as else AutoModel
-        return auto.from_pretrained(config.model, dtype=dtype), AutoTokenizer.from_pretrained(config.model)
+        return auto.from_pretrained(config.model, **options), AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--model: expected a folder or Hub name of a transformers model with its tokenizer, got {config.model!r}; "
@@ -267,7 +286,9 @@ def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
         return
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(temporary, state_dict=weights, save_embedding_layers=False)  # they are never trained
+        # Under an adapter the embeddings are never trained.
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(temporary, state_dict=weights, **options)
         trainer.tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,12 +26,13 @@ from transformers import (
 
 from seer.checkpoints import CheckpointingTrainer, digest
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, TextDataset, pad_token_id, tokenize, warn_of_shared_texts
+from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
-from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head, without_dropout
-from seer.losses import disentangle_loss, kl_to_base, retain_loss
+from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head, without_dropout
+from seer.objective import Objective
 from seer.prototypes import Prototypes
+from seer.reference_cache import ReferenceCache
 from seer.sampling import PairCollator, PairDataset, PairSampler, require_contrast
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ class SeerTrainer(CheckpointingTrainer):
     model, which is the same model with its adapter disabled, over B rows.
 
     Args:
-        model: any transformers model; it is wrapped with LoRA in place. A model that peft already wraps is used with
-            the adapter it has.
+        model: any transformers model; it gets an adapter in place, unless all its weights are to be trained. A model
+            that peft already wraps is used with the adapter it has.
         args: the options.
         train_dataset: texts by concept, two or more of each.
         processing_class: the model's tokenizer.
@@ -71,6 +73,8 @@ class SeerTrainer(CheckpointingTrainer):
     Raises:
         InputError: layers not found or out of range, no head for the KL term, a concept with a single sample.
     """
+
+    objective: Objective
 
     def __init__(
         self,
@@ -89,27 +93,44 @@ class SeerTrainer(CheckpointingTrainer):
             )
         train_dataset.require_pairs()
         require_contrast(args, len(train_dataset.names))
+        if (train_dataset.memberships.sum(1) > 1).any():
+            _require_plain_pairs(args)
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
-        if args.kl_weight > 0 and lm_head(self.stack) is None:
+        if args.uses("kl") and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
-                f"{args.kl_weight}"
+                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}"
             )
-        if retain_dataset is None and (args.retain_weight > 0 or args.kl_weight > 0):
+        if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
 
-        set_seed(args.seed)
-        if not isinstance(model, PeftModel):
-            model = get_peft_model(model, self._lora_config(args))
+        if args.cache_reference and retain_dataset is None and args.view_dropout > 0:
+            raise InputError(
+                "--cache_reference: expected retain texts that do not change; with --view_dropout "
+                f"{args.view_dropout} the first texts of pairs do, so give --retain_data"
+            )
 
+        set_seed(args.seed)
+        if args.adapter == "none":
+            if isinstance(model, PeftModel):
+                raise InputError("--adapter: expected lora or dora for a model that has an adapter, got none")
+            model.requires_grad_(True)
+            self.base = BaseModel(self.stack, freeze_copy(self.stack))
+        else:
+            if not isinstance(model, PeftModel):
+                model = get_peft_model(model, self._lora_config(args))
+            self.base = BaseModel(self.stack)
+
+        self._tokenizer = processing_class
+        self._positions = args.positions
         limits = (args.max_length, processing_class.model_max_length, _window(self.stack.root))
         self._max_length = min(limit for limit in limits if limit is not None)
         self._pad_token_id = pad_token_id(processing_class)
-        self._tokenizer = processing_class
         self._truncation = args.truncation
-        self._tokenized: WeakKeyDictionary[TextDataset, list[list[int]]] = WeakKeyDictionary()
+        self._tokenized: WeakKeyDictionary[TextDataset, list[Tokens]] = WeakKeyDictionary()
         rows = self._rows(train_dataset)
+        self._require_positions(train_dataset)
         retain_rows = None
         if retain_dataset is not None:
             retain_rows = self._rows(retain_dataset)
@@ -125,7 +146,8 @@ class SeerTrainer(CheckpointingTrainer):
             processes=args.world_size,
             concepts_per_batch=args.concepts_per_batch,
             balance=args.balance,
-            lengths=[len(row) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
+            view_dropout=args.view_dropout,
+            lengths=[len(row.ids) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
         )
         self._concept_names = train_dataset.names
         self._term_sums: dict[str, Tensor] = {}
@@ -139,24 +161,64 @@ class SeerTrainer(CheckpointingTrainer):
             processing_class=processing_class,
             callbacks=[_FirstPassWithAdapter(), _SetPairEpoch(self._sampler), *(callbacks or [])],
         )
+        if args.uses("kl"):
+            Head(self.stack).check(self.stack)
+        if args.torch_compile:
+            compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
         return LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
+            use_dora=args.adapter == "dora",
             target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
 
     def data_digests(self) -> dict[str, str]:
-        rows = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
+        texts = {"training_texts": self._pairs.rows, "retain_texts": self._pairs.retain_rows or ()}
         concepts = digest(self._pairs.memberships.astype(int).tolist())
-        return {"concepts_of_texts": concepts, **{name: digest(each) for name, each in rows.items()}}
+        return {
+            "concepts_of_texts": concepts,
+            **{name: digest([row.ids for row in rows]) for name, rows in texts.items()},
+        }
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without compilation of the whole model, whose layers are compiled instead: see `compile_layers`."""
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        arguments.pop("dynamo_plugin", None)
+        return arguments
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers; keeps the base model's states of the retain texts in a file meanwhile if so told."""
+        if not self.args.cache_reference:
+            return super().train(*arguments, **options)
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        with self.args.main_process_first(local=True, desc="reference states"):
+            cache = ReferenceCache(
+                folder / "reference_states.bin",
+                self._pairs.rows if self._pairs.retain_rows is None else self._pairs.retain_rows,
+                lambda inputs: self.objective.cached_states(model, inputs),
+                pad_token_id=self._pad_token_id,
+                batch_size=self.args.per_device_eval_batch_size,
+                device=self.args.device,
+                write=self.args.local_process_index == 0,
+            )
+        self.objective.cache = cache
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.objective.cache = None
+            if self.args.local_process_index == 0:
+                cache.remove()
 
     @property
-    def training_rows(self) -> Sequence[list[int]]:
-        """Token ids of the training texts."""
+    def training_rows(self) -> Sequence[Tokens]:
+        """The training texts."""
         return self._pairs.rows
 
     @property
@@ -165,13 +227,13 @@ class SeerTrainer(CheckpointingTrainer):
 
     def decode(self, index: int) -> str:
         """A training text as the model reads it."""
-        return str(self._tokenizer.decode(self._pairs.rows[index]))
+        return str(self._tokenizer.decode(self._pairs.rows[index].ids))
 
     def largest_batch(self) -> dict[str, Tensor]:
         """The batch with the most tokens that the data can make: the longest texts, padded to the longest of them."""
 
-        def longest(rows: Sequence[list[int]], count: int) -> list[int]:
-            order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        def longest(rows: Sequence[Tokens], count: int) -> list[int]:
+            order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
             return [order[place % len(order)] for place in range(count)]
 
         pairs = self.args.train_batch_size
@@ -206,60 +268,16 @@ class SeerTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """L = disentangle_weight L_d + retain_weight L_r + kl_weight L_kl of a batch that a PairCollator made.
+        """The loss of a batch that a PairCollator made; see `Objective`.
 
         Args:
-            model: the adapted model as the Trainer wrapped it.
-            inputs: `concept_ids` (B,) and model inputs of 2 B or 3 B rows: first texts, second texts, retain texts.
+            model: the model as the Trainer wrapped it.
+            inputs: the batch.
             return_outputs: also return the terms.
             num_items_in_batch: not used.
         """
-        args = self.args
-        inputs = dict(inputs)
-        concept_ids = inputs.pop("concept_ids")
-        pairs = len(concept_ids)
-        mask = inputs["attention_mask"].bool()  # [R, T]
-        retain = slice(2 * pairs, None) if len(mask) > 2 * pairs else slice(0, pairs)
-        retain_mask = mask[retain]
-        terms: dict[str, Tensor] = {}
-
-        if args.retain_weight > 0 or args.kl_weight > 0:
-            with torch.no_grad(), base_model_of(self.accelerator.unwrap_model(model)):
-                reference = forward_states(
-                    model,
-                    {name: values[retain] for name, values in inputs.items()},
-                    self.stack,
-                    retain_mask if args.kl_weight > 0 else None,
-                )
-        logits_at = torch.zeros_like(mask)
-        logits_at[retain] = retain_mask
-        adapted = forward_states(model, inputs, self.stack, logits_at if args.kl_weight > 0 else None)
-
-        targets = torch.stack([last_token(adapted.layers[layer], mask) for layer in self.target_layers])  # [L, R, D]
-        terms["L_d"], statistics = disentangle_loss(
-            targets[:, :pairs],
-            targets[:, pairs : 2 * pairs],
-            concept_ids,
-            temperature=args.temperature,
-            same_label=args.same_label,
-        )
-        loss = args.disentangle_weight * terms["L_d"]
-        if args.retain_weight > 0:
-            terms["L_r"] = retain_loss(
-                [states[retain] for states in adapted.all()],
-                reference.all(),
-                retain_mask,
-                normalization=args.retain_normalization,
-                layer_share=len(self.target_layers) / (max(self.target_layers) + 1),
-            )
-            loss = loss + args.retain_weight * terms["L_r"]
-        if adapted.logits is not None and reference.logits is not None:
-            terms["L_kl"] = kl_to_base(adapted.logits, reference.logits)
-            loss = loss + args.kl_weight * terms["L_kl"]
-
-        terms["positive_similarity"] = statistics.positive_similarity
-        terms["negative_similarity"] = statistics.negative_similarity
-        terms = {name: value.detach() for name, value in terms.items()}
+        steps = max(self.state.max_steps - 1, 1)
+        loss, terms = self.objective(model, inputs, min(self.state.global_step / steps, 1.0))
         if model.training:
             for name, value in terms.items():
                 self._term_sums[name] = self._term_sums.get(name, 0) + value
@@ -290,6 +308,7 @@ class SeerTrainer(CheckpointingTrainer):
                 f"dataset: expected the concepts {self._concept_names} as in training, got {dataset.names}"
             )
         training = self._encode_training()
+        self._require_positions(dataset)
         held_out = self._encode(self._rows(dataset), with_kl=lm_head(self.stack) is not None)
         concept_ids = torch.from_numpy(dataset.concept_ids)
 
@@ -332,21 +351,30 @@ class SeerTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _rows(self, dataset: TextDataset) -> list[list[int]]:
-        """Token ids; made, and remarked upon, once per data set."""
+    def _rows(self, dataset: TextDataset) -> list[Tokens]:
+        """Tokens; made, and remarked upon, once per data set."""
         if dataset not in self._tokenized:
             self._tokenized[dataset] = tokenize(self._tokenizer, dataset.texts, self._max_length, self._truncation)
         return self._tokenized[dataset]
 
+    def _require_positions(self, dataset: ConceptDataset) -> None:
+        """Raise InputError unless all texts, which are to be represented, have all positions."""
+        for text, row in zip(dataset.texts, self._rows(dataset), strict=True):
+            if "last_request" in self._positions and row.request_length == 0:
+                raise InputError(f"{text.source}: expected a request for --positions last_request, got none")
+            if "response_mean" in self._positions and (text.response is None or row.request_length == len(row.ids)):
+                raise InputError(f"{text.source}: expected a response for --positions response_mean, got none")
+
     def _encode_training(self) -> Encoding:
         return self._encode(self._pairs.rows)
 
-    def _encode(self, rows: Sequence[list[int]], with_kl: bool = False) -> Encoding:
+    def _encode(self, rows: Sequence[Tokens], with_kl: bool = False) -> Encoding:
         return encode(
             self.accelerator.unwrap_model(self.model),
             rows,
-            stack=self.stack,
+            base=self.base,
             layers=self.target_layers,
+            position=self._positions[0],
             pad_token_id=self._pad_token_id,
             batch_size=self.args.per_device_eval_batch_size,
             with_kl=with_kl,
@@ -386,6 +414,20 @@ class _SetPairEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _require_plain_pairs(args: SeerConfig) -> None:
+    """Raise InputError for what L_d cannot do with texts of several concepts."""
+    for option, only in (("disentangle_loss", "info_nce"),):
+        if getattr(args, option) != only:
+            raise InputError(
+                f"--{option}: expected {only} for texts of several concepts, got {getattr(args, option)!r}"
+            )
+    if args.pairs_may_lack_positions():
+        raise InputError(
+            "--view_dropout: expected 0 for texts of several concepts with --positions other than last, got "
+            f"{args.view_dropout}"
+        )
 
 
 def _mean_over_layers(prefix: str, suffix: str, layers: Iterable[Separation]) -> dict[str, float]:

@@ -13,10 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    Gemma2Config,
     GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -46,6 +49,10 @@ DECODERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2),
     "gemma": lambda: GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+    # These do something to their logits, or hold experts.
+    "gemma2": lambda: Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1),
+    "granite": lambda: GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from conftest import CHAT_TEMPLATE
 
 from seer import ConceptDataset, InputError, TextDataset
 from seer.data import Text, pad_token_id, tokenize
@@ -178,30 +179,66 @@ def test_split_is_stratified_and_decided_by_the_seed() -> None:
 def test_tokens_follow_the_chat_template(tokenizer) -> None:
     texts = [Text("name a cat", "dog", "s"), Text("cat", None, "s"), Text("cat", "", "s")]
     rows = tokenize(tokenizer, texts, 64)
-    plain = [tokenizer.decode(row).split() for row in rows]
+    plain = [tokenizer.decode(row.ids).split() for row in rows]
     assert plain[1] == ["cat"]
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False)
-    assert rows[2] == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    assert len(rows[0]) > len(rows[2])
+    assert rows[2].ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert len(rows[0].ids) > len(rows[2].ids)
 
 
 def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, monkeypatch, caplog) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with caplog.at_level(logging.WARNING):
         rows = tokenize(tokenizer, [Text("name a", "cat", "s"), Text("one", "dog", "s")], 64)
-    assert tokenizer.decode(rows[0]).split() == ["name", "a", "cat"]
+    assert tokenizer.decode(rows[0].ids).split() == ["name", "a", "cat"]
     assert sum("chat template" in record.message for record in caplog.records) == 1
+
+
+TEMPLATES = {
+    "of the tests": CHAT_TEMPLATE,
+    "with a header for the response": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    ),
+    "with a header that only a prompt for generation has": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> one one {% endif %}"
+    ),
+    "with a system turn": (
+        "a one <end> {% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} <assistant>"
+        "{% else %} {{ m['content'] }} <end>{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_request_ends_where_the_model_would_begin_to_answer(tokenizer, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[name])
+    (row,) = tokenize(tokenizer, [Text("name a cat", "dog cow", "s")], 64)
+    words = tokenizer.convert_ids_to_tokens(row.ids)
+    assert words[row.request_length - 1] == ("<assistant>" if name != "of the tests" else "<end>")
+    response = ["dog", "cow", "<end>"] if name != "of the tests" else ["<assistant>", "dog", "cow", "<end>"]
+    assert words[row.request_length :] == response
+
+
+def test_where_requests_end_in_other_texts(tokenizer, monkeypatch) -> None:
+    texts = [Text("cat dog", None, "s"), Text("cat dog", "", "s"), Text("", "cat", "s")]
+    plain, request, response = tokenize(tokenizer, texts, 64)
+    assert plain.request_length == response.request_length == 0
+    assert request.request_length == len(request.ids)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert tokenize(tokenizer, [Text("cat dog", "cow", "s")], 64)[0].request_length == 2
 
 
 def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> None:
     text = Text("name a cat", " ".join(["dog", "cow"] * 20), "s")
-    whole = tokenize(tokenizer, [text], 64)[0]
+    whole = tokenize(tokenizer, [text], 64)[0].ids
     with caplog.at_level(logging.WARNING):
-        rows = tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)
+        rows = [row.ids for row in tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)]
     assert "1 of 2 texts are longer than 12 tokens" in caplog.text
     assert len(rows[0]) == 12
     assert rows[0] == whole[:11] + whole[-1:]
-    assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
+    assert tokenize(tokenizer, [text], 5)[0] == ([*whole[:4], whole[-1]], 5)  # only the request is left
     with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
         tokenize(tokenizer, [text], 2)
 
@@ -209,21 +246,21 @@ def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> No
 def test_long_requests_may_lose_their_middle(tokenizer, monkeypatch, caplog) -> None:
     request = "name a cat dog cow sheep goat horse is one"
     text = Text(request, "iron tin", "s")
-    whole = tokenize(tokenizer, [text], 64)[0]
+    whole = tokenize(tokenizer, [text], 64)[0].ids
     with caplog.at_level(logging.WARNING):
         (row,) = tokenize(tokenizer, [text], len(whole) - 4, "middle")
     assert "1 of 1 texts are longer than 12 tokens and were cut." in caplog.text
-    assert row == tokenize(tokenizer, [Text("name a cat horse is one", "iron tin", "s")], 64)[0]
+    assert row.ids == tokenize(tokenizer, [Text("name a cat horse is one", "iron tin", "s")], 64)[0].ids
     # When two words are left of the request, the end of the response goes.
     (row,) = tokenize(tokenizer, [text], len(whole) - 9, "middle")
-    assert row == tokenize(tokenizer, [Text("name one", "iron", "s")], 64)[0]
+    assert row.ids == tokenize(tokenizer, [Text("name one", "iron", "s")], 64)[0].ids
     with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
         tokenize(tokenizer, [text], 2, "middle")
     assert tokenize(tokenizer, [Text("cat dog cow", None, "s")], 2, "middle") == tokenize(
         tokenizer, [Text("cat dog", None, "s")], 2
     )
     monkeypatch.setattr(tokenizer, "decode", lambda ids: "longer than before" * len(ids))  # a tokenizer may do that
-    assert len(tokenize(tokenizer, [text], 10, "middle")[0]) <= 10
+    assert len(tokenize(tokenizer, [text], 10, "middle")[0].ids) <= 10
 
 
 def test_long_texts_may_be_refused(tokenizer) -> None:

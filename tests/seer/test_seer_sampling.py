@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seer import ConceptDataset, InputError, SeerTrainer
-from seer.data import Text
+from seer.data import Text, Tokens
 from seer.losses import disentangle_loss
 from seer.sampling import PairCollator, PairDataset, PairSampler
 from seer_kernels import info_nce
@@ -161,13 +161,14 @@ def test_a_single_concept_has_nothing_to_differ_from(make_model, make_config, to
 
 
 def test_batch_layout() -> None:
-    rows, retain = [[1], [2, 3], [4, 5, 6]], [[7, 8]]
+    rows, retain = [Tokens([1], 0), Tokens([2, 3], 1), Tokens([4, 5, 6], 2)], [Tokens([7, 8], 1)]
     data = PairDataset(rows, np.ones((3, 1), dtype=bool), retain)
     batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
     assert batch["concept_ids"].tolist() == [0, 0]
     assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
     assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]
-    several = PairDataset([[1]] * 5, SEVERAL)
+    assert batch["request_lengths"].tolist() == [0, 2, 1, 0, 1, 1]
+    several = PairDataset([Tokens([1], 0)] * 5, SEVERAL)
     batch = PairCollator(pad_token_id=9)([several[0, 2], several[3, 4]])
     assert batch["concept_ids"].tolist() == [[[1, 1, 0], [0, 1, 1]], [[0, 0, 1], [1, 1, 1]]]
 
@@ -225,3 +226,25 @@ def test_a_composed_epoch_is_continued_in_its_middle(make_model, make_config, da
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
+def test_view_dropout_takes_the_request_or_the_response_in_its_share() -> None:
+    plain = PairSampler(np.eye(2, dtype=bool).repeat(500, 0), seed=0, retain_size=7)
+    sampler = PairSampler(np.eye(2, dtype=bool).repeat(500, 0), seed=0, retain_size=7, view_dropout=0.25)
+    drawn = [index[-2:] for index in sampler]
+    assert [index[:-2] for index in sampler] == list(plain)  # nothing else changes
+    counts = np.bincount(np.ravel(drawn), minlength=3) / 2000
+    np.testing.assert_allclose(counts, [6 / 8, 1 / 8, 1 / 8], atol=0.03)
+    assert [index[-2:] for index in sampler] == drawn
+    sampler.set_epoch(1)
+    assert [index[-2:] for index in sampler] != drawn
+
+
+def test_parts_of_texts() -> None:
+    rows = [Tokens([1, 2, 3, 4, 5], 2), Tokens([6, 7], 0), Tokens([8, 9], 2)]
+    data = PairDataset(rows, np.ones((3, 1), dtype=bool), [Tokens([10, 11], 1)])
+    assert data[0, 0, 0, 1, 2]["texts"] == [Tokens([1, 2], 2), Tokens([3, 4, 5], 0), Tokens([10, 11], 1)]
+    assert data[0, 1, 0, 0, 1]["texts"][:2] == rows[:2]  # plain text has no parts
+    assert data[2, 1, 0, 2, 2]["texts"][:2] == [rows[2], rows[1]]
+    without_retain = PairDataset(rows, np.ones((3, 1), dtype=bool))
+    assert without_retain[0, 0, 2, 1]["texts"] == [Tokens([3, 4, 5], 0), Tokens([1, 2], 2)]

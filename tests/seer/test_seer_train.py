@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
@@ -19,8 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 from seer import ConceptDataset, InputError, Prototypes, SeerConfig, SeerTrainer, check_run, run_training
 from seer.arguments import parse_training_arguments
 from seer.cli import main
+from seer.config import PRESETS
 from seer.data import tokenize
-from seer.layers import find_layers, forward_states, last_token
+from seer.layers import find_layers, forward_states
 
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 
@@ -76,11 +79,11 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
 
     def represent(dataset: ConceptDataset) -> dict[int, torch.Tensor]:
         states = []
-        for ids in tokenize(tokenizer, dataset.texts, 64):
+        for ids, _ in tokenize(tokenizer, dataset.texts, 64):
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
             with torch.no_grad():
                 layers = forward_states(model, inputs, find_layers(model)).layers
-            states.append(torch.stack([last_token(layers[layer], inputs["attention_mask"])[0] for layer in (0, 2)]))
+            states.append(torch.stack([layers[layer][0, -1] for layer in (0, 2)]))
         return dict(zip((0, 2), torch.stack(states, dim=1), strict=True))
 
     held_out_states, training_states = represent(held_out), represent(training)
@@ -196,6 +199,47 @@ def test_the_written_config_is_the_run(flags, tmp_path) -> None:
     assert parse_training_arguments([str(tmp_path / "c.json")]).target_layers == [-1, 0]
 
 
+def test_the_reference_preset_is_the_recipe_of_the_paper(flags, tmp_path) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--same_label", "ignore", "--max_steps", "1"])
+    expected = {
+        **PRESETS["reference"],
+        "same_label": "ignore",  # given, though it is what it would be without the preset
+        "per_device_train_batch_size": 4,
+    }
+    saved = yaml.safe_load(Path(save(config, tmp_path)).read_text())
+    for name, value in expected.items():
+        assert saved[name] == value, name
+        assert getattr(config, name) == value, name
+    again = parse_training_arguments([save(config, tmp_path)])
+    assert again.to_dict() == config.to_dict()
+    in_python = SeerConfig(output_dir="o", preset="reference", use_cpu=True, same_label="ignore", learning_rate=3e-4)
+    assert (in_python.same_label, in_python.learning_rate, in_python.kl_form) == ("ignore", 3e-4, "label")
+    plain = SeerConfig(output_dir="o", use_cpu=True)
+    assert (plain.kl_form, plain.bf16) == ("full", False)
+    recipe = PRESETS["reference"]
+    assert (recipe["learning_rate"], recipe["same_label"], recipe["kl_form"]) == (1e-4, "negative", "label")
+    assert (recipe["view_dropout"], recipe["lora_r"], recipe["num_train_epochs"]) == (0.25, 16, 2.0)
+
+
+def save(config: SeerConfig, folder: Path) -> str:
+    config.save(folder / "preset.yaml")
+    return str(folder / "preset.yaml")
+
+
+def test_all_weights_are_written(flags, tmp_path) -> None:
+    run_training(parse_training_arguments([*flags, "--adapter", "none", "--learning_rate", "1e-2"]))
+    written = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = LlamaForCausalLM.from_pretrained(flags[1]).state_dict()
+    assert not any(torch.equal(written[name], value) for name, value in before.items())
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_the_reference_preset_runs(flags) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--max_steps", "2"])
+    result = run_training(config)
+    assert result.metrics["target_layers"] == [2]
+
+
 def replaced(flags: list[str], name: str, value: str) -> list[str]:
     return [*flags, f"--{name}", value]
 
@@ -212,6 +256,7 @@ def replaced(flags: list[str], name: str, value: str) -> list[str]:
         (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (["--held_out_share", "1"], "--held_out_share: expected a share from 0 up to but not 1, got 1.0"),
         (["--same_label", "both"], "argument --same_label/--same-label: invalid choice: 'both'"),
+        (["--adapter", "none", "--quantization", "4bit"], "--quantization: expected none with --adapter none"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--learning_rat", "1"], "expected options, got '--learning_rat'; did you mean --learning_rate?"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint: expected a checkpoint in --output_dir"),
@@ -255,6 +300,24 @@ def test_bad_data_names_file_and_line(flags, tmp_path, capsys) -> None:
     assert main(["train", *flags, "--data", str(file)]) == 2
     assert f"{file}:4: expected two samples or more of concept 'y', got this one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantization_needs_its_package(flags, capsys) -> None:
+    assert main(["train", *flags, "--quantization", "4bit"]) == 2
+    assert "--quantization: expected the package bitsandbytes to be installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_bases_are_trained(flags, tokenizer, tmp_path, bits) -> None:
+    """Wide enough for a block of four-bit weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    more = ["--model", str(tmp_path / "wide"), "--quantization", bits, "--learning_rate", "1e-2"]
+    metrics = run_training(parse_training_arguments([*flags, *more])).metrics
+    assert metrics["held_out"]["kl_to_base_nats_per_token"]["after"] > 0
 
 
 def test_a_model_without_decoder_layers(flags, tmp_path, tokenizer, capsys) -> None:
