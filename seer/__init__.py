@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seer.config import SeerConfig
     from seer.data import ConceptDataset, Text, TextDataset
-    from seer.errors import InputError
+    from seer.errors import InputError, RunStopped
     from seer.prototypes import Prototypes
-    from seer.train import TrainingResult, run_training
+    from seer.train import TrainingResult, check_run, run_training
     from seer.trainer import SeerTrainer
 
 _HOME = {
     "ConceptDataset": "seer.data",
     "InputError": "seer.errors",
     "Prototypes": "seer.prototypes",
+    "RunStopped": "seer.errors",
     "SeerConfig": "seer.config",
     "SeerTrainer": "seer.trainer",
     "Text": "seer.data",
     "TextDataset": "seer.data",
     "TrainingResult": "seer.train",
+    "check_run": "seer.train",
     "run_training": "seer.train",
 }
 
@@ -33,11 +35,13 @@ __all__ = [
     "ConceptDataset",
     "InputError",
     "Prototypes",
+    "RunStopped",
     "SeerConfig",
     "SeerTrainer",
     "Text",
     "TextDataset",
     "TrainingResult",
+    "check_run",
     "run_training",
 ]
 

@@ -7,10 +7,9 @@ import os
 from dataclasses import dataclass
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from seer.errors import InputError
 from seer.files import atomic_path
@@ -33,19 +32,19 @@ class Prototypes:
 
         Args:
             representations: layer -> [N, D].
-            concept_ids: (N,) int64, index into `concepts`; every concept must occur.
+            concept_ids: (N,) int64, index into `concepts`; or (N, C) bool, for samples of several. Every concept must
+                occur.
             concepts: C names.
         """
-        counts = torch.bincount(concept_ids, minlength=len(concepts))
+        if concept_ids.ndim == 1:
+            concept_ids = one_hot(concept_ids, len(concepts))
+        counts = concept_ids.sum(0)
         if (counts == 0).any():
             raise ValueError(f"concept {concepts[int(counts.argmin())]!r} has no sample to make a prototype from")
         layers = {}
         for layer, states in representations.items():
             directions = normalize(states.float(), dim=-1)
-            sums = directions.new_zeros(len(concepts), states.shape[-1]).index_add_(
-                0, concept_ids, directions
-            )  # [C, D]
-            layers[layer] = normalize(sums, dim=-1)
+            layers[layer] = normalize(concept_ids.T.to(directions) @ directions, dim=-1)  # [C, D]
         return cls(list(concepts), layers)
 
     def similarity(self, layer: int, states: Tensor) -> Tensor:
