@@ -64,6 +64,8 @@ _SECTIONS = {
         "disentangle_loss",
         "temperature",
         "same_label",
+        "negatives",
+        "memory_bank_size",
         "disentangle_weight",
         "disentangle_weight_end",
         "retain_loss",
@@ -75,6 +77,7 @@ _SECTIONS = {
         "kl_weight",
         "kl_weight_end",
         "cache_reference",
+        "grad_cache_chunk",
     ),
     "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (

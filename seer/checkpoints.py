@@ -139,10 +139,13 @@ class CheckpointingTrainer(Trainer):
         Raises:
             RunStopped: the loss is not finite. The weights are still those of the step before.
         """
-        loss = super().training_step(*arguments, **options)
+        loss = self._forward_and_backward(*arguments, **options)
         if not torch.isfinite(loss):
             raise RunStopped(self._not_finite(f"the loss is {loss.item()}"))
         return loss
+
+    def _forward_and_backward(self, *arguments: Any, **options: Any) -> Tensor:
+        return super().training_step(*arguments, **options)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer asks for this once per step, before the optimiser moves anything."""

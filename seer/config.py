@@ -23,6 +23,7 @@ KLForm = Literal["full", "label"]
 Balance = Literal["frequency", "balanced"]
 Adapter = Literal["lora", "dora", "none"]
 Quantization = Literal["none", "4bit", "8bit"]
+Negatives = Literal["local", "gather", "ring"]
 Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
 
@@ -39,6 +40,7 @@ _CHOICES = {
     "truncation": get_args(Truncation),
     "preset": get_args(Preset),
     "adapter": get_args(Adapter),
+    "negatives": get_args(Negatives),
     "quantization": get_args(Quantization),
 }
 
@@ -55,6 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "disentangle_loss": "info_nce",
         "temperature": 0.1,
         "same_label": "negative",
+        "negatives": "local",
+        "memory_bank_size": None,
         "disentangle_weight": 10.0,
         "disentangle_weight_end": None,
         "retain_loss": "norm",
@@ -265,6 +269,27 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "- sum_t p_base(y_t) log p_adapted(y_t) of the tokens y_t of a text, mean over texts, as the paper's code."
         },
     )
+    negatives: Negatives = field(
+        default="local",
+        metadata={
+            "help": "Texts that a pair is told from: those of its process ('local'), or of all processes, brought "
+            "together ('gather') or passed around ('ring', less memory)."
+        },
+    )
+    memory_bank_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Second texts of past batches that L_d keeps as further negatives, for info_nce. A run that is "
+            "resumed begins with none."
+        },
+    )
+    grad_cache_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that pass the model at a time, each twice: the gradient of the whole batch with the memory "
+            "of so many. Default: all at once."
+        },
+    )
     cache_reference: bool = field(
         default=False,
         metadata={
@@ -358,6 +383,16 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             known and len({*self.positions}) == len(self.positions), "positions", f"some of {POSITIONS}", self.positions
         )
         _check(0 <= self.view_dropout <= 1, "view_dropout", "a share from 0 to 1", self.view_dropout)
+        for name in ("memory_bank_size", "grad_cache_chunk"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "a whole number >= 1", value)
+        form = self.disentangle_loss
+        across = self.negatives == "local" or form != "ot_contrastive"
+        _check(across, "negatives", "local with --disentangle_loss ot_contrastive", self.negatives)
+        size = self.memory_bank_size
+        _check(size is None or form == "info_nce", "memory_bank_size", f"none with --disentangle_loss {form}", size)
+        plain = size is None or not self.pairs_may_lack_positions()
+        _check(plain, "memory_bank_size", "none where --view_dropout takes away --positions", size)
         trainable = self.adapter != "none" or self.quantization == "none"
         _check(trainable, "quantization", "none with --adapter none, which trains all weights", self.quantization)
         needless = self.cache_reference and not (self.uses("retain") or self.uses("kl"))

@@ -14,6 +14,7 @@ from seer.config import SeerConfig
 from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, has_positions, representations
 from seer.losses import disentangle_loss, kl_to_base, retain_norms, retain_transport
 from seer.reference_cache import ReferenceCache
+from seer_kernels import MemoryBank, cached_backward
 
 
 class Outcome(NamedTuple):
@@ -54,6 +55,8 @@ class Objective:
         )
         self.base = base
         self.autocast = autocast
+        self.bank: MemoryBank | None = None
+        """Keys of past batches; made at the first batch, whose sizes it has."""
         self.cache: ReferenceCache | None = None
         """Of the retain texts; without it the base model runs in every step."""
 
@@ -73,6 +76,77 @@ class Objective:
         outcome = self._run(model, rows, slice(0, 2 * pairs), self._retain_rows(batch))
         return self._combine(outcome, batch, progress)
 
+    def cached_backward(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        progress: float,
+        chunk_size: int,
+        backward: Callable[[Tensor], object],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradient of the loss to the parameters, with the memory of `chunk_size` rows.
+
+        Args:
+            model, batch, progress: as in a call.
+            chunk_size: rows that pass the model at a time; every row passes it twice.
+            backward: the backward pass from a loss to leaves.
+
+        Returns:
+            The loss, detached, and its terms.
+        """
+        pairs, retain = len(batch["concept_ids"]), self._retain_rows(batch)
+        if retain.start == 0:  # the first texts serve for both
+            groups = [(slice(0, pairs), True, True), (slice(pairs, 2 * pairs), True, False)]
+        else:
+            groups = [(slice(0, 2 * pairs), True, False), (retain, False, True)]
+        terms: dict[str, Tensor] = {}
+        columns = [self.config.uses("retain"), self.config.uses("kl")]
+
+        def encoder(is_target: bool, is_retain: bool) -> Callable[..., Tensor]:
+            def encode(**rows: Tensor) -> Tensor:
+                """[rows, P x L x D and a column for every retain term], as far as the rows have them."""
+                everything, nothing = slice(0, len(rows["attention_mask"])), slice(0, 0)
+                outcome = self._run(
+                    model, rows, everything if is_target else nothing, everything if is_retain else nothing
+                )
+                parts = [outcome.targets.flatten(1)] if is_target else []
+                if is_retain:
+                    retained = (outcome.distances, outcome.divergences)
+                    parts += [values.unsqueeze(1) for values, used in zip(retained, columns, strict=True) if used]
+                return torch.cat(parts, dim=1)
+
+            return encode
+
+        def loss_of(*encoded: Tensor) -> Tensor:
+            targets, retained = [], [encoded[0].new_zeros(0)] * 2
+            for (_, is_target, is_retain), values in zip(groups, encoded, strict=True):
+                if is_retain:
+                    for place in (1, 0):
+                        if columns[place]:
+                            values, retained[place] = values[:, :-1], values[:, -1]
+                if is_target:
+                    shape = (len(values), len(self.config.positions), len(self.target_layers), -1)
+                    targets.append(values.reshape(shape))
+            loss, found = self._combine(Outcome(torch.cat(targets), *retained), batch, progress)
+            terms.update(found)
+            return loss
+
+        if not any(columns):
+            groups = [(rows, is_target, False) for rows, is_target, _ in groups if is_target]
+        inputs = []
+        for rows, _, is_retain in groups:
+            chosen = {name: values[rows] for name, values in batch.items() if name not in ("concept_ids", "retain_ids")}
+            inputs.append({**chosen, "retain_ids": batch["retain_ids"]} if is_retain else chosen)
+        loss = cached_backward(
+            [encoder(is_target, is_retain) for _, is_target, is_retain in groups],
+            inputs,
+            loss_of,
+            chunk_size=chunk_size,
+            backward=backward,
+            no_sync=getattr(model, "no_sync", None),
+        )
+        return loss, terms
+
     def _retain_rows(self, batch: Mapping[str, Tensor]) -> slice:
         pairs, rows = len(batch["concept_ids"]), len(batch["attention_mask"])
         return slice(2 * pairs, rows) if rows > 2 * pairs else slice(0, pairs)
@@ -81,14 +155,16 @@ class Objective:
         """One pass of the model over all rows, and one of the base model over the retain rows if a term needs it."""
         config = self.config
         inputs = dict(rows)
-        request_lengths, retain_ids = inputs.pop("request_lengths"), inputs.pop("retain_ids")
+        request_lengths, retain_ids = inputs.pop("request_lengths"), inputs.pop("retain_ids", None)
         mask = inputs["attention_mask"].bool()  # [R, T]
-        with_kl = config.uses("kl")
+        has_retain = retain.stop > retain.start
+        with_retain, with_kl = has_retain and config.uses("retain"), has_retain and config.uses("kl")
         head_at = torch.zeros_like(mask)
         head_at[retain] = self._predicted(mask[retain])
         distances = divergences = mask.new_zeros(0, dtype=torch.float32)
         with self.autocast():
-            if config.uses("retain") or with_kl:  # first, while no graph takes up memory
+            before_head = None
+            if with_retain or with_kl:  # first, while no graph takes up memory
                 before, before_head = self._reference(model, inputs, retain_ids, retain, head_at[retain])
             states = forward_states(model, inputs, self.stack, head_at if with_kl else None)
             found = representations(
@@ -97,7 +173,7 @@ class Objective:
                 request_lengths[targets],
                 config.positions,
             )
-            if config.uses("retain"):
+            if with_retain:
                 after = [part[retain] for part in self._compared(states)]
                 distances = self._distances(after, before, mask[retain])
             if states.head_inputs is not None and before_head is not None:
@@ -113,10 +189,10 @@ class Objective:
         return mask & torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
     def _reference(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor, retain: slice, head_at: Tensor
+        self, model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor | None, retain: slice, head_at: Tensor
     ) -> tuple[list[Tensor], Tensor | None]:
         """What L_r compares, and what the head reads at the chosen tokens, of the base model at the retain rows."""
-        if self.cache is None:
+        if self.cache is None or ids is None:
             rows = {name: values[retain] for name, values in inputs.items()}
             hidden = self.base.forward_states(model, rows, head_at if self.config.uses("kl") else None)
             return self._compared(hidden), hidden.head_inputs
@@ -195,6 +271,8 @@ class Objective:
             temperature=config.temperature,
             same_label=config.same_label,
             weights=weights,
+            past=self._past(view2, concept_ids),
+            negatives=config.negatives,
         )
         if statistics is None:
             return loss, {}
@@ -202,3 +280,15 @@ class Objective:
             "positive_similarity": statistics.positive_similarity,
             "negative_similarity": statistics.negative_similarity,
         }
+
+    def _past(self, view2: Tensor, concept_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys [P, L, M, D] of past batches and their concepts, of which these [P, L, B, D] will be the latest."""
+        if self.config.memory_bank_size is None:
+            return None
+        rows = view2.detach().permute(2, 0, 1, 3)  # [B, P, L, D]
+        if self.bank is None:
+            features = rows[0].numel()
+            self.bank = MemoryBank(self.config.memory_bank_size, features=features, dtype=rows.dtype).to(rows.device)
+        keys, labels = self.bank(rows.flatten(1), concept_ids)
+        assert labels is not None
+        return keys.view(-1, *rows.shape[1:]).permute(1, 2, 0, 3), labels

@@ -105,6 +105,11 @@ class SeerTrainer(CheckpointingTrainer):
         if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
 
+        if args.negatives != "local" and args.world_size == 1:
+            raise InputError(
+                f"--negatives: expected local in a run of one process, got {args.negatives!r}; several are started by "
+                "`accelerate launch` or torchrun"
+            )
         if args.cache_reference and retain_dataset is None and args.view_dropout > 0:
             raise InputError(
                 "--cache_reference: expected retain texts that do not change; with --view_dropout "
@@ -161,6 +166,11 @@ class SeerTrainer(CheckpointingTrainer):
             processing_class=processing_class,
             callbacks=[_FirstPassWithAdapter(), _SetPairEpoch(self._sampler), *(callbacks or [])],
         )
+        if args.grad_cache_chunk is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise InputError(
+                "--grad_cache_chunk: expected none with FSDP or DeepSpeed, which reduce gradients in every backward "
+                f"pass; got {args.grad_cache_chunk}"
+            )
         if args.uses("kl"):
             Head(self.stack).check(self.stack)
         if args.torch_compile:
@@ -276,13 +286,35 @@ class SeerTrainer(CheckpointingTrainer):
             return_outputs: also return the terms.
             num_items_in_batch: not used.
         """
-        steps = max(self.state.max_steps - 1, 1)
-        loss, terms = self.objective(model, inputs, min(self.state.global_step / steps, 1.0))
+        loss, terms = self.objective(model, inputs, self._progress())
         if model.training:
-            for name, value in terms.items():
-                self._term_sums[name] = self._term_sums.get(name, 0) + value
-            self._steps_summed += 1
+            self._add_terms(terms)
         return (loss, terms) if return_outputs else loss
+
+    def _progress(self) -> float:
+        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+
+    def _add_terms(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + value
+        self._steps_summed += 1
+
+    def _forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.args.grad_cache_chunk is None:
+            return super()._forward_and_backward(model, inputs, num_items_in_batch)
+        model.train()
+        share = self.current_gradient_accumulation_steps
+        loss, terms = self.objective.cached_backward(
+            model,
+            self._prepare_inputs(inputs),
+            self._progress(),
+            self.args.grad_cache_chunk,
+            lambda loss: self.accelerator.backward(loss / share),
+        )
+        self._add_terms(terms)
+        return loss / share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last log to the Trainer's own entry."""
@@ -418,7 +450,7 @@ class _SetPairEpoch(TrainerCallback):
 
 def _require_plain_pairs(args: SeerConfig) -> None:
     """Raise InputError for what L_d cannot do with texts of several concepts."""
-    for option, only in (("disentangle_loss", "info_nce"),):
+    for option, only in (("disentangle_loss", "info_nce"), ("negatives", "local"), ("memory_bank_size", None)):
         if getattr(args, option) != only:
             raise InputError(
                 f"--{option}: expected {only} for texts of several concepts, got {getattr(args, option)!r}"

@@ -85,6 +85,13 @@ def test_two_ranks_train_what_one_process_trains(
     assert json.loads((tmp_path / "command" / "metrics.json").read_text())["training"]["steps"] == STEPS
 
 
+def test_negatives_of_two_ranks_give_the_loss_of_the_whole_batch(tmp_path) -> None:
+    command = [*LAUNCHERS["torchrun"], str(TESTS / "negatives_across_ranks.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+
+
 def test_the_launchers_know_every_setting() -> None:
     """accelerate reads what is in `configs/`; an unknown setting would be an error there."""
     from accelerate.commands.config.config_args import ClusterConfig

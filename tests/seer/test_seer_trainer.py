@@ -663,3 +663,130 @@ def test_an_adapter_that_is_there_cannot_be_wished_away(make_model, make_config,
     wrapped = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).model
     with pytest.raises(InputError, match="--adapter: expected lora or dora for a model that has an adapter, got none"):
         SeerTrainer(wrapped, make_config(adapter="none"), dataset, tokenizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("options", "retain_dataset"),
+    [
+        ({}, None),
+        ({"positions": ["response_mean", "last"], "kl_form": "label"}, RETAIN),
+        ({"kl_weight": 0.0, "retain_normalization": "token"}, RETAIN),
+        ({"kl_weight": 0.0, "retain_weight": 0.0}, RETAIN),
+    ],
+)
+def test_cached_gradient_is_that_of_the_whole_batch(
+    make_model, make_config, dataset, tokenizer, chunk, options, retain_dataset
+) -> None:
+    config = make_config(lora_dropout=0.0, target_layers=[0, 2], grad_cache_chunk=chunk, **options)
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=retain_dataset))
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    expected = gradients(trainer, loss)
+    seen: list[int] = []
+    trainer.stack.root.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    cached, cached_terms = trainer.objective.cached_backward(trainer.model, batch, 0.0, chunk, Tensor.backward)
+    assert max(seen) <= chunk
+    torch.testing.assert_close(cached, loss.detach())
+    torch.testing.assert_close(cached_terms, terms)
+    assert_same_gradient([p.grad for p in trainer.model.parameters() if p.requires_grad], expected)
+
+
+def test_a_run_with_cached_gradients_is_the_run_without(make_model, make_config, dataset, tokenizer) -> None:
+    logs = []
+    for chunk in (None, 3):
+        config = make_config(
+            grad_cache_chunk=chunk,
+            max_steps=3,
+            logging_steps=1,
+            lora_dropout=0.0,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+        )
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+        exact(trainer).model.float()
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for whole, cached in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "L_d", "L_r", "L_kl"):
+            assert cached[name] == pytest.approx(whole[name], rel=1e-3, abs=2e-4), name
+
+
+def test_second_texts_of_past_batches_are_further_negatives(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        memory_bank_size=6,
+        positions=["last", "response_mean"],
+        target_layers=[0, 2],
+        retain_weight=0.0,
+        kl_weight=0.0,
+        lora_dropout=0.0,
+    )
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer))
+    past: list[tuple[Tensor, Tensor]] = []
+    for batch in trainer.get_train_dataloader():
+        ids, pairs = batch["concept_ids"], len(batch["concept_ids"])
+        views = []
+        for texts in (texts_of(batch)[:pairs], texts_of(batch)[pairs:]):
+            outputs = [states_and_logits(trainer, text.ids)[0] for text in texts]
+            views.append(
+                torch.stack(
+                    [
+                        torch.stack(
+                            [
+                                torch.stack(
+                                    [
+                                        at_position(states[layer + 1][0], text.request_length, position)
+                                        for states, text in zip(outputs, texts, strict=True)
+                                    ]
+                                )
+                                for layer in (0, 2)
+                            ]
+                        )
+                        for position in config.positions
+                    ]
+                )
+            )  # [P, L, B, D]
+        keys = torch.cat([views[1], *(old for old, _ in past)], dim=2)
+        labels = torch.cat([ids, *(old for _, old in past)])
+        cosines = torch.nn.functional.cosine_similarity(views[0].unsqueeze(3), keys.unsqueeze(2), dim=-1)
+        own = torch.eye(pairs, len(labels), dtype=torch.bool)
+        scores = (cosines / config.temperature).masked_fill((ids[:, None] == labels) & ~own, -torch.inf)
+        expected = 10 * (scores.logsumexp(-1) - scores.diagonal(dim1=-2, dim2=-1)).mean()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-6, atol=0)
+        joined = (
+            torch.cat([old for old, _ in past] + [views[1].detach()], dim=2),
+            torch.cat([*(o for _, o in past), ids]),
+        )
+        past = [(joined[0][:, :, -6:], joined[1][-6:])]
+    assert len(past[0][1]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"disentangle_loss": "ot_contrastive", "negatives": "ring"},
+            "--negatives: expected local with",
+        ),
+        (
+            {"disentangle_loss": "nt_xent", "memory_bank_size": 4},
+            "--memory_bank_size: expected none with",
+        ),
+        ({"memory_bank_size": 0}, "--memory_bank_size: expected a whole number >= 1, got 0"),
+        ({"grad_cache_chunk": 0}, "--grad_cache_chunk: expected a whole number >= 1, got 0"),
+        (
+            {"memory_bank_size": 4, "view_dropout": 0.1, "positions": ["response_mean"]},
+            "--memory_bank_size: expected none where --view_dropout takes away --positions, got 4",
+        ),
+    ],
+)
+def test_negatives_that_do_not_go_together(make_config, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(**options)
+
+
+def test_one_process_has_no_others_to_ask(make_model, make_config, dataset, tokenizer) -> None:
+    with pytest.raises(InputError, match="--negatives: expected local in a run of one process, got 'gather'"):
+        SeerTrainer(make_model("llama"), make_config(negatives="gather"), dataset, tokenizer)
