@@ -143,13 +143,17 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         console.width = 140
     everyone = benchmark.make_providers(options.quick)
     providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
-    environment = harness.environment(torch.device(options.device), benchmark.packages)
+    device = torch.device(options.device)
+    environment = harness.environment(device, benchmark.packages)
+    ceilings = harness.ceilings(device, DTYPES[options.dtype])
+    environment |= {name: float(f"{value:.3g}") for name, value in ceilings._asdict().items()}
     measurements = run(benchmark, options, providers, status)
 
     title = f"{benchmark.title}, {options.dtype}"
+    rates = f"{ceilings.flops_per_second / 1e12:.3g} Tflop/s, copy {ceilings.bytes_per_second / 1e9:.3g} GB/s"
     caption = (
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"Python {environment['python']}, {environment['date']}"
+        f"Python {environment['python']}, {environment['date']}; matrix product {rates}"
     )
     console.print(harness.results_table(title, measurements, floor=benchmark.floor, ours=benchmark.ours))
     console.print(f"[dim]{caption}[/dim]", highlight=False)

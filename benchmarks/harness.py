@@ -172,10 +172,13 @@ def peak_memory(call: Callable[[], Outputs], device: torch.device) -> tuple[int,
     and backward), minus the bytes of the gradients that the call returns: what a step needs on top of what it must hold
     anyway. Inputs and other tensors that existed before do not count, nor do gradients written into them.
 
-    On the CPU the allocator reports every allocation and release to the profiler; on CUDA its own counter is read.
+    On the CPU the allocator reports every allocation and release to the profiler; on CUDA its own counter is read, in
+    the second call: the first one loads kernels and takes workspaces that stay.
     Memory that a library takes from elsewhere (packing buffers of a matrix product) is not seen, for any provider.
     """
     if device.type == "cuda":
+        call()  # compiles kernels and takes the workspace of matrix products, which stays for all
+        gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         outputs, seconds = _timed(call, device)
@@ -209,16 +212,43 @@ def _replay_allocations(profile: torch.profiler.profile) -> tuple[int, int]:
 
 
 def _timed(call: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, float]:
-    _synchronize(device)
+    """Outputs, and seconds: on CUDA between two events on an idle device, so what the host takes to launch counts."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        outputs = call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return outputs, begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     outputs = call()
-    _synchronize(device)
     return outputs, time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Ceilings(NamedTuple):
+    """What the machine can do, measured in the process that measures the rest."""
+
+    flops_per_second: float
+    """Of a large square matrix product by torch's library, 2 n^3 flop."""
+    bytes_per_second: float
+    """Of a large copy, bytes read plus bytes written."""
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The better of a few attempts each, on random numbers."""
+    n, copied = (8192, 1 << 30) if device.type == "cuda" else (1024, min(4 * _last_level_cache(device), 1 << 28))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.rand(copied // 4, device=device)
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], Tensor]) -> float:
+        return min(_timed(lambda: Outputs(work(), ()), device)[1] for _ in range(4))
+
+    return Ceilings(
+        2 * n**3 / seconds(lambda: torch.mm(a, b, out=product)), 2 * copied / seconds(lambda: target.copy_(source))
+    )
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
@@ -288,7 +318,10 @@ def measure(
             peak, outputs, seconds = peak_memory(lambda call=call: call(inputs[0]), device)  # type: ignore[misc]
             check = provider.check(case, inputs[0], outputs)
         except Exception as error:  # whatever a provider throws: it failed, the others go on
-            results[provider.name] = Measurement(case, provider, "failed", f"{type(error).__name__}: {error}")
+            if "cannot run on" in str(error):  # how this package words that a backend does not serve a problem
+                results[provider.name] = Measurement(case, provider, "left out", str(error).partition(". Available")[0])
+            else:
+                results[provider.name] = Measurement(case, provider, "failed", f"{type(error).__name__}: {error}")
             continue
         if not check.passed:
             results[provider.name] = Measurement(case, provider, "failed", str(check), check)
