@@ -3,8 +3,8 @@
 A benchmark states its cases (what is computed, at which size) and its providers (who computes it), and calls `measure`
 for every case:
 
-1. Each provider runs once. That call yields its peak memory, and its outputs are checked; a provider whose check fails
-   is reported as failed and never timed.
+1. Each provider runs once, after a first call where that compiles. This call yields its peak memory, and its outputs
+   are checked; a provider whose check fails is reported as failed and never timed.
 2. The providers take turns in one process, round after round, each round starting with another one, so that whatever
    else the machine does hits all of them alike. A provider whose calls take long takes part in fewer rounds, evenly
    spread. Each call gets the next of several input sets, which together exceed the last-level cache.
@@ -103,6 +103,10 @@ class Provider:
     """Why this provider is not run on a case (not installed, too large), or None."""
     note: str = ""
     """Footnote of the table."""
+    compiles: bool = False
+    """Whether its first call compiles: that call is neither timed nor is its memory taken. On CUDA all do."""
+    foreign: bool = False
+    """Whether this is another package, whose failure is reported but is none of the run."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +176,10 @@ def peak_memory(call: Callable[[], Outputs], device: torch.device) -> tuple[int,
     and backward), minus the bytes of the gradients that the call returns: what a step needs on top of what it must hold
     anyway. Inputs and other tensors that existed before do not count, nor do gradients written into them.
 
-    On the CPU the allocator reports every allocation and release to the profiler; on CUDA its own counter is read, in
-    the second call: the first one loads kernels and takes workspaces that stay.
+    On the CPU the allocator reports every allocation and release to the profiler; on CUDA its own counter is read.
     Memory that a library takes from elsewhere (packing buffers of a matrix product) is not seen, for any provider.
     """
     if device.type == "cuda":
-        call()  # compiles kernels and takes the workspace of matrix products, which stays for all
-        gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         outputs, seconds = _timed(call, device)
@@ -315,6 +316,8 @@ def measure(
         report(f"checking {provider.name}")
         try:
             call = provider.prepare(case)
+            if provider.compiles or device.type == "cuda":  # where workspaces of matrix products stay, too
+                call(inputs[0])
             peak, outputs, seconds = peak_memory(lambda call=call: call(inputs[0]), device)  # type: ignore[misc]
             check = provider.check(case, inputs[0], outputs)
         except Exception as error:  # whatever a provider throws: it failed, the others go on
@@ -518,9 +521,9 @@ def write_figures(path: Path, figures: Sequence[Figure], environment: Mapping[st
 
 
 def results_table(title: str, measurements: Sequence[Measurement], *, floor: str, ours: str) -> Table:
-    """Cases downwards, providers across. `floor` and `ours` name the providers that the others are divided by."""
+    """Cases downwards; providers across, without those that never ran. The others are divided by `floor` and `ours`."""
     cases = {m.case.name: m.case for m in measurements}
-    providers = {m.provider.name: m.provider for m in measurements}
+    providers = {m.provider.name: m.provider for m in measurements if m.status != "left out"}
     by_key = {(m.case.name, m.provider.name): m for m in measurements}
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("case", style="bold")
@@ -539,6 +542,16 @@ def results_table(title: str, measurements: Sequence[Measurement], *, floor: str
         for i, (label, line) in enumerate(lines):
             table.add_row(case if i == 0 else "", Text(label, "dim"), *line, end_section=i == len(lines) - 1)
     return table
+
+
+def nowhere(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """Label of every provider that was left out of all cases -> its reasons."""
+    ran = {m.provider.name for m in measurements if m.status != "left out"}
+    reasons: dict[str, list[str]] = {}
+    for m in measurements:
+        if m.provider.name not in ran:
+            reasons.setdefault(m.provider.label, []).append(m.reason)
+    return {label: "; ".join(dict.fromkeys(texts)) for label, texts in reasons.items()}
 
 
 def _status_cell(m: Measurement) -> Text:
@@ -575,7 +588,8 @@ def format_bytes(n: int) -> str:
 
 
 # Okabe and Ito: told apart by people with any common colour blindness; the markers say the same again
-_STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#CC79A7", "^"), ("#009E73", "D"), ("#D55E00", "v"), ("#56B4E9", "P"))
+_COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9")
+_STYLES = tuple(zip(2 * _COLOURS, ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"), strict=True))
 
 
 def plot(path: Path, title: str, caption: str, measurements: Sequence[Measurement], *, floor: str) -> None:
@@ -590,7 +604,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     from matplotlib.ticker import FuncFormatter
 
     cases = list(dict.fromkeys(m.case.name for m in measurements))
-    providers = {m.provider.name: m.provider.label for m in measurements if m.provider.name != floor}
+    providers = {m.provider.name: m.provider.label for m in measurements if m.provider.name != floor and m.seconds}
     floors = {m.case.name: m.median for m in measurements if m.provider.name == floor and m.seconds}
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, figsize=(12, 1.8 + 0.95 * len(cases)), width_ratios=(4, 3), layout="constrained"
@@ -637,7 +651,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
             axes.axhline(boundary - 0.5, color="#eeeeee", linewidth=1)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     if left.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper right", ncols=len(providers), frameon=False)
+        figure.legend(loc="outside upper right", ncols=min(len(providers), 5), frameon=False)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=8, color="#666666")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
