@@ -52,6 +52,12 @@ class Benchmark:
     """Whose versions are noted."""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    extra_columns: Callable[[Measurement, Sequence[Measurement]], Mapping[str, Any]] = lambda m, everyone: {}
+    """Further columns of a measurement's row, given all measurements."""
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    """Adds what only this script takes."""
+    use_arguments: Callable[[argparse.Namespace], str] = lambda options: ""
+    """Takes it; returns what is to be said about it."""
     floor: str = "floor"
     """The provider that all times are divided by."""
     ours: str = "native"
@@ -103,6 +109,7 @@ benchmarks/README.md.""",
         metavar="FOLDER",
         help="where result files go (default: benchmarks/results)",
     )
+    benchmark.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable CUDA device")
@@ -142,6 +149,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     console, status = Console(), Console(stderr=True)
     if not console.is_terminal:
         console.width = 140
+    if remark := benchmark.use_arguments(options):
+        status.print(remark, highlight=False, soft_wrap=True)
     everyone = benchmark.make_providers(options.quick)
     providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
     device = torch.device(options.device)
@@ -174,10 +183,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     parts.insert(1, options.dtype != "float32" and options.dtype)
     stem = options.out / "-".join([benchmark.name, *(p for p in parts if p)])
     options.out.mkdir(parents=True, exist_ok=True)
-    harness.write_csv(
-        stem.with_suffix(".csv"),
-        harness.rows(benchmark.name.removeprefix("bench_"), measurements, environment, list(everyone.values())),
-    )
+    rows = harness.rows(benchmark.name.removeprefix("bench_"), measurements, environment, list(everyone.values()))
+    rows = [row | benchmark.extra_columns(m, measurements) for row, m in zip(rows, measurements, strict=True)]
+    harness.write_csv(stem.with_suffix(".csv"), rows)
     harness.write_figures(stem.with_suffix(".json"), figures, environment)
     harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor=benchmark.floor)
     console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)

@@ -96,7 +96,7 @@ else
 fi
 
 # Every launch is watched: few and small cases. Without the caching allocator a tensor ends where its memory ends.
-few='error_is_bounded and small and float32 or transport and float32'
+watched='error_is_bounded and small and float32 or transport and float32'
 for tool in memcheck racecheck; do
     if ((rehearse)); then
         left_out "$tool" "no CUDA kernels in a rehearsal"
@@ -104,7 +104,7 @@ for tool in memcheck racecheck; do
         left_out "$tool" "compute-sanitizer is not installed"
     else
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --target-processes all "${pytest[@]}" -k "$few" test_gpu.py
+            --target-processes all "${pytest[@]}" -k "$watched" test_gpu.py
     fi
 done
 
@@ -118,10 +118,10 @@ tiny() { # the arguments that are given, in a rehearsal only
     ((!rehearse)) || printf '%s\n' "$@"
 }
 
-mapfile -t sizes < <(tiny --sizes 12x16)
-bench bench_loss 60 bench_loss.py "${sizes[@]}"
-mapfile -t sizes < <(tiny --sizes sup_con:32x16)
-bench bench_self 60 bench_self.py "${sizes[@]}"
+mapfile -t few < <(tiny --sizes 12x16 --providers native floor)
+bench bench_loss 60 bench_loss.py "${few[@]}"
+mapfile -t few < <(tiny --sizes sup_con:32x16 --providers native floor)
+bench bench_self 60 bench_self.py "${few[@]}"
 if ((rehearse)); then
     left_out bench_loss-bfloat16 "the same as bench_loss in a rehearsal"
     left_out bench_self-bfloat16 "the same as bench_self in a rehearsal"
@@ -129,8 +129,13 @@ else
     bench bench_loss-bfloat16 60 bench_loss.py --dtype bfloat16
     bench bench_self-bfloat16 60 bench_self.py --dtype bfloat16
 fi
-mapfile -t sizes < <(tiny --sizes equal:4x12x8)
-bench bench_sinkhorn 60 bench_sinkhorn.py "${sizes[@]}"
+mapfile -t few < <(tiny --sizes equal:4x12x8 --providers native floor)
+bench bench_sinkhorn 60 bench_sinkhorn.py "${few[@]}"
+if ((rehearse)); then
+    bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
+else
+    bench bench_training 60 bench_training.py --sizes 1x8 3x8:full
+fi
 
 total=$(printf '%-26s %-9s %5s\n' "in all" "" "$SECONDS")
 {

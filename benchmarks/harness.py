@@ -105,6 +105,8 @@ class Provider:
     """Footnote of the table."""
     compiles: bool = False
     """Whether its first call compiles: that call is neither timed nor is its memory taken. On CUDA all do."""
+    detail: Callable[[Case, Sequence[Any]], Mapping[str, float]] = lambda case, inputs: {}
+    """What else is measured after the timing, by name, given the input sets."""
     foreign: bool = False
     """Whether this is another package, whose failure is reported but is none of the run."""
 
@@ -123,6 +125,8 @@ class Measurement:
     peak_bytes: int | None = None
     seconds: tuple[float, ...] = ()
     """One entry per timed call."""
+    detail: Mapping[str, float] = field(default_factory=dict)
+    """What the provider measures beside time and memory, by name."""
     busy_elsewhere: float | None = None
     """Share of the CPUs, 0 to 1, that other processes used while the case was timed; None where unknown."""
 
@@ -338,7 +342,12 @@ def measure(
 
     turns, busy = _take_turns(calls, first, inputs, device, budget, report)
     times |= turns
-    return [replace(r, seconds=times.get(name, ()), busy_elsewhere=busy) for name, r in results.items()]
+    report("measuring details")
+    details = {p.name: p.detail(case, inputs) for p in providers if p.name in times}
+    return [
+        replace(r, seconds=times.get(name, ()), detail=details.get(name, {}), busy_elsewhere=busy)
+        for name, r in results.items()
+    ]
 
 
 def _take_turns(
