@@ -58,6 +58,9 @@ class Benchmark:
     """Adds what only this script takes."""
     use_arguments: Callable[[argparse.Namespace], str] = lambda options: ""
     """Takes it; returns what is to be said about it."""
+    timed: bool = True
+    draw: Callable[[Path, Path], None] | None = None
+    """Draws the picture from the result file; by default `harness.plot` draws the measurements."""
     floor: str = "floor"
     """The provider that all times are divided by."""
     ours: str = "native"
@@ -134,7 +137,7 @@ def run(
             report("making inputs")
             count = harness.input_sets(benchmark.input_bytes(size, dtype), device)
             inputs = [benchmark.make_inputs(size, dtype, device, seed) for seed in range(count)]
-            budget = harness.BUDGET / 4 if options.quick else harness.BUDGET
+            budget = (harness.BUDGET / 4 if options.quick else harness.BUDGET) if benchmark.timed else None
             results = harness.measure(case, providers, inputs, device, budget=budget, report=report)
             benchmark.forget()
             measurements += results
@@ -187,7 +190,11 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     rows = [row | benchmark.extra_columns(m, measurements) for row, m in zip(rows, measurements, strict=True)]
     harness.write_csv(stem.with_suffix(".csv"), rows)
     harness.write_figures(stem.with_suffix(".json"), figures, environment)
-    harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor=benchmark.floor)
+    picture = stem.with_suffix(".png")
+    if benchmark.draw is None:
+        harness.plot(picture, title, caption, measurements, floor=benchmark.floor)
+    elif any(m.status == "ok" for m in measurements):
+        benchmark.draw(stem.with_suffix(".csv"), picture)
     console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)
 
     failed = [m for m in measurements if m.status == "failed"]

@@ -131,6 +131,8 @@ else
 fi
 mapfile -t few < <(tiny --sizes equal:4x12x8 --providers native floor)
 bench bench_sinkhorn 60 bench_sinkhorn.py "${few[@]}"
+mapfile -t few < <(tiny --sizes info_nce:16 --providers native)
+bench bench_memory 60 bench_memory.py "${few[@]}"
 if ((rehearse)); then
     bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
 else

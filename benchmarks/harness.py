@@ -301,13 +301,13 @@ def measure(
     inputs: Sequence[Any],
     device: torch.device,
     *,
-    budget: float = BUDGET,
+    budget: float | None = BUDGET,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[Measurement]:
     """Checks, then times every provider on one case; one measurement per provider, in their order.
 
-    `inputs` are the sets to rotate through, `budget` is the time for timed calls in seconds (see `BUDGET`), `report` is
-    told what goes on.
+    `inputs` are the sets to rotate through, `budget` is the time for timed calls in seconds (see `BUDGET`; with None
+    nothing is timed), `report` is told what goes on.
     """
     results: dict[str, Measurement] = {}
     calls: dict[str, Callable[[Any], Outputs]] = {}
@@ -334,13 +334,15 @@ def measure(
             results[provider.name] = Measurement(case, provider, "failed", str(check), check)
             continue
         results[provider.name] = Measurement(case, provider, "ok", check=check, peak_bytes=peak)
-        if seconds > SLOW_CALL:
+        if budget is None:
+            pass
+        elif seconds > SLOW_CALL:
             times[provider.name] = (seconds,)
         else:
             calls[provider.name], first[provider.name] = call, seconds
         del outputs
 
-    turns, busy = _take_turns(calls, first, inputs, device, budget, report)
+    turns, busy = _take_turns(calls, first, inputs, device, budget or 0.0, report)
     times |= turns
     report("measuring details")
     details = {p.name: p.detail(case, inputs) for p in providers if p.name in times}
@@ -564,6 +566,8 @@ def nowhere(measurements: Sequence[Measurement]) -> dict[str, str]:
 
 
 def _status_cell(m: Measurement) -> Text:
+    if m.status == "ok" and not m.seconds:
+        return Text("not timed", "dim")
     if m.status == "ok":
         return Text(f"{_ms(m.median)} ms" + (" (1 run)" if len(m.seconds) == 1 else ""), "bold")
     if m.status == "failed":
@@ -598,7 +602,7 @@ def format_bytes(n: int) -> str:
 
 # Okabe and Ito: told apart by people with any common colour blindness; the markers say the same again
 _COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9")
-_STYLES = tuple(zip(2 * _COLOURS, ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"), strict=True))
+STYLES = tuple(zip(2 * _COLOURS, ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"), strict=True))
 
 
 def plot(path: Path, title: str, caption: str, measurements: Sequence[Measurement], *, floor: str) -> None:
@@ -624,7 +628,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     }
     step = 0.8 / max(len(providers), 1)
     for i, (name, label) in enumerate(providers.items()):
-        color, marker = _STYLES[i % len(_STYLES)]
+        color, marker = STYLES[i % len(STYLES)]
         dot = {"color": color, "marker": marker, "markersize": 7, "linestyle": "none"}
         named = False
         for m in measurements:

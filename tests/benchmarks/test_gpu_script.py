@@ -33,7 +33,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     left_out = ["build", "memcheck", "racecheck", "bench_loss-bfloat16", "bench_self-bfloat16"]
     assert [name for name, status in parts.items() if status == "left out"] == left_out
     measured = [name for name, status in parts.items() if status == "ok"]
-    assert measured[:6] == ["machine", "tests", *(f"bench_{n}" for n in ("loss", "self", "sinkhorn", "training"))]
+    scripts = [f"bench_{name}" for name in ("loss", "self", "sinkhorn", "memory", "training")]
+    assert measured[:7] == ["machine", "tests", *scripts]
     for name in measured[2:]:
         assert list(tmp_path.glob(f"{name}-quick*.csv")), name
     assert done.stdout.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip())
