@@ -29,6 +29,8 @@ TOLERANCE = 1e-4
 """Marginal error at which the provider that stops by itself stops."""
 VALUE_TOLERANCE = 2e-3
 """Largest relative error of the objective that still counts as a solution. The errors are in the result file."""
+LOOP_LIMIT = 64
+"""Most problems for which is run what solves them one after the other."""
 EUCLIDEAN = {"cost": "euclidean", "scale_cost": "mean"}
 SQUARED = {"cost": "sqeuclidean"}
 
@@ -265,12 +267,19 @@ def make_providers() -> dict[str, Provider]:
     """All providers by name, in the order of the table."""
 
     def left_out(
-        case: Case, *, kinds: Sequence[str], package: str | None = None, devices: Sequence[str] = ("cpu", "cuda")
+        case: Case,
+        *,
+        kinds: Sequence[str],
+        package: str | None = None,
+        devices: Sequence[str] = ("cpu", "cuda"),
+        one_by_one: bool = False,
     ) -> str | None:
         if case.fields["kind"] not in kinds:
             return "not for this batch"
         if case.fields["device_type"] not in devices:
             return f"runs on {' and '.join(devices)} only" if package else "slow on the CPU: the native one is there"
+        if one_by_one and case.fields["B"] > LOOP_LIMIT:
+            return f"one problem at a time, limit {LOOP_LIMIT}"
         if package is None:
             return None if backends()["native"].available else backends()["native"].reason
         return None if importlib.util.find_spec(package) else "not installed"
@@ -348,6 +357,7 @@ def make_providers() -> dict[str, Provider]:
             f'ot.sinkhorn(method="sinkhorn_log") for one problem at a time, {ITERATIONS} iterations.',
             kinds=equal,
             package="ot",
+            one_by_one=True,
         ),
         provider(
             "keops",
@@ -356,6 +366,7 @@ def make_providers() -> dict[str, Provider]:
             "SamplesLoss(backend=online), one problem at a time, its own schedule.",
             kinds=equal,
             package="pykeops",
+            one_by_one=True,
             devices=("cuda",),
         ),
         provider(

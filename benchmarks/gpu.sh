@@ -92,11 +92,11 @@ spread=()
 if ((rehearse)); then
     part tests 40 "${pytest[@]}" -k "native and sup_con and small or two_processes" test_gpu.py
 else
-    part tests 170 "${pytest[@]}" "${spread[@]}" test_cuda.py test_gpu.py
+    part tests 150 "${pytest[@]}" "${spread[@]}" test_cuda.py test_gpu.py
 fi
 
 # Every launch is watched: few and small cases. Without the caching allocator a tensor ends where its memory ends.
-watched='error_is_bounded and small and float32 or transport and float32'
+watched='native and error_is_bounded and small and float32 or triton and nt_xent and small and float32'
 for tool in memcheck racecheck; do
     if ((rehearse)); then
         left_out "$tool" "no CUDA kernels in a rehearsal"
@@ -114,29 +114,25 @@ bench() { # NAME LIMIT SCRIPT ARGUMENTS...
     part "$name" "$limit" "$python" "benchmarks/$script" --quick --device "$device" --out "$out" "$@"
 }
 
-tiny() { # the arguments that are given, in a rehearsal only
-    ((!rehearse)) || printf '%s\n' "$@"
-}
-
-mapfile -t few < <(tiny --sizes 12x16 --providers native floor)
-bench bench_loss 60 bench_loss.py "${few[@]}"
-mapfile -t few < <(tiny --sizes sup_con:32x16 --providers native floor)
-bench bench_self 60 bench_self.py "${few[@]}"
+# Few sizes of each regime, as they are on GPUs; in a rehearsal tiny ones, and only what is ours.
 if ((rehearse)); then
+    bench bench_loss 60 bench_loss.py --sizes 12x16 --providers native floor
+    bench bench_self 60 bench_self.py --sizes sup_con:32x16 --providers native floor
+    bench bench_sinkhorn 60 bench_sinkhorn.py --sizes equal:4x12x8 --providers native floor
+    bench bench_memory 60 bench_memory.py --sizes info_nce:16 --providers native
+    bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
     left_out bench_loss-bfloat16 "the same as bench_loss in a rehearsal"
     left_out bench_self-bfloat16 "the same as bench_self in a rehearsal"
 else
-    bench bench_loss-bfloat16 60 bench_loss.py --dtype bfloat16
-    bench bench_self-bfloat16 60 bench_self.py --dtype bfloat16
-fi
-mapfile -t few < <(tiny --sizes equal:4x12x8 --providers native floor)
-bench bench_sinkhorn 60 bench_sinkhorn.py "${few[@]}"
-mapfile -t few < <(tiny --sizes info_nce:16 --providers native)
-bench bench_memory 60 bench_memory.py "${few[@]}"
-if ((rehearse)); then
-    bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
-else
+    bench bench_loss 70 bench_loss.py --sizes 3x32x4096 256x4096 4096x1024 8192x256 clip:4096x1024
+    bench bench_loss-bfloat16 70 bench_loss.py --dtype bfloat16 \
+        --sizes 3x32x4096 4096x4096 16384x1024 16384x256 siglip:8192x1024
+    bench bench_self-bfloat16 50 bench_self.py --dtype bfloat16 --sizes sup_con:512x4096 sup_con:8192x1024 nt_xent:8192x256
+    bench bench_sinkhorn 60 bench_sinkhorn.py \
+        --sizes equal:64x100x256 equal:1024x16x64 equal:8x512x64 mixed:64x100x32 squared:1x2048x64
     bench bench_training 60 bench_training.py --sizes 1x8 3x8:full
+    bench bench_memory 40 bench_memory.py --sizes info_nce:{8192,16384} clip:{8192,16384} sup_con:{8192,16384}
+    bench bench_self 50 bench_self.py --sizes sup_con:512x4096 sup_con:8192x1024 nt_xent:8192x256
 fi
 
 total=$(printf '%-26s %-9s %5s\n' "in all" "" "$SECONDS")
