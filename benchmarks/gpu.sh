@@ -116,9 +116,9 @@ bench() { # NAME LIMIT SCRIPT ARGUMENTS...
 
 # Few sizes of each regime, as they are on GPUs; in a rehearsal tiny ones, and only what is ours.
 if ((rehearse)); then
-    bench bench_loss 60 bench_loss.py --sizes 12x16 --providers native floor
-    bench bench_self 60 bench_self.py --sizes sup_con:32x16 --providers native floor
-    bench bench_sinkhorn 60 bench_sinkhorn.py --sizes equal:4x12x8 --providers native floor
+    bench bench_loss 60 bench_loss.py --sizes 64x1024 --providers native floor
+    bench bench_self 60 bench_self.py --sizes sup_con:128x1024 --providers native floor
+    bench bench_sinkhorn 60 bench_sinkhorn.py --sizes equal:16x64x64 --providers native floor
     bench bench_memory 60 bench_memory.py --sizes info_nce:16 --providers native
     bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
     left_out bench_loss-bfloat16 "the same as bench_loss in a rehearsal"
