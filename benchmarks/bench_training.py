@@ -397,8 +397,8 @@ class Marks:
         return self._now() - begin
 
 
-STEPS: dict[str, Any] = {}
-"""The step of every provider on the case at hand, for its check and details."""
+STEPS: dict[str, tuple[Any, Check]] = {}
+"""The step of every provider on the case at hand, and its check before training."""
 
 
 def make_provider(name: str, label: str, kind: Callable[[Case, str], Any], note: str) -> Provider:
@@ -406,20 +406,18 @@ def make_provider(name: str, label: str, kind: Callable[[Case, str], Any], note:
         torch.manual_seed(0)
         logging.getLogger("seer").setLevel(logging.ERROR)  # that retaining texts are those of the pairs is on purpose
         disable_progress_bar()
-        step = STEPS[name] = kind(case, tempfile.gettempdir())  # where nothing is written
+        step = kind(case, tempfile.gettempdir())  # where nothing is written
         size = Size(case.fields["L"], case.fields["B"], case.fields["texts"])
-        before = step.check(make_pairs(size, torch.float32, torch.device("cpu"), 0))
-        STEPS[name, "check"] = before
+        STEPS[name] = step, step.check(make_pairs(size, torch.float32, torch.device("cpu"), 0))
         return step  # type: ignore[no-any-return]
 
     def check(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
         if not bool(torch.isfinite(outputs.value)):
             return Check("loss of a step", float("nan"), 0.0)
-        checked: Check = STEPS[name, "check"]
-        return checked
+        return STEPS[name][1]
 
     def detail(case: Case, pairs: Sequence[Pairs]) -> dict[str, float]:
-        step, marks = STEPS[name], Marks(torch.device(case.fields["device_type"]))
+        step, marks = STEPS[name][0], Marks(torch.device(case.fields["device_type"]))
         with marks.watch(step.model):
             seconds = sum(marks.step(step, pairs[i % len(pairs)]) for i in range(INSTRUMENTED_STEPS))
         return {"share_outside_model": round(1 - marks.model / seconds, 4)}

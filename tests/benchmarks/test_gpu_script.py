@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -49,6 +50,38 @@ def test_a_part_that_fails_fails_the_whole_and_shows_its_log(tmp_path: Path) -> 
     assert summary(tmp_path / "out")["machine"] == "FAILED"
     assert "exit code 3: something broke" in done.stdout
     assert "failed: see NAME.log" in done.stdout
+
+
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """With a Python that does nothing but say what it was asked for, and a sanitizer that runs it."""
+    asked, programs = tmp_path / "asked", tmp_path / "programs"
+    programs.mkdir()
+    stubs = {
+        "python": f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $SEER_KERNELS_ARCHS $@" >>"{asked}"\necho 90\n',
+        "compute-sanitizer": '#!/bin/sh\nwhile [ "$1" != env ]; do shift; done\nexec "$@"\n',
+    }
+    for name, text in stubs.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    done = run(tmp_path / "out", PYTHON=str(programs / "python"), PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = summary(tmp_path / "out")
+    assert list(parts)[:5] == ["machine", "build", "tests", "memcheck", "racecheck"]
+    assert {status for name, status in parts.items() if name != "in all"} == {"ok"}
+    calls = asked.read_text().splitlines()
+    (build,) = [call for call in calls if "build_ext --inplace" in call]
+    assert build.split()[0] == "90"
+    watched = [call for call in calls if call.startswith("1 ")]
+    assert len(watched) == 2
+    assert all("test_gpu.py" in call for call in watched)
+    measured = [call for call in calls if "benchmarks/bench_" in call]
+    assert len(measured) == 7
+    for call in measured:
+        script, _, sizes = call.partition(" --sizes ")
+        assert "--quick --device cuda --out" in script
+        benchmark = importlib.import_module(Path(script.split()[1]).stem).BENCHMARK
+        assert [benchmark.parse_size(size) for size in sizes.split()]
 
 
 def test_what_has_no_time_left_is_named(tmp_path: Path) -> None:
