@@ -283,7 +283,7 @@ def sinkhorn_divergence(
         own = cost_matrix(points, points, lengths, lengths, cost, backend)
         if scale_cost is not None:
             if lengths is not None:  # the gradient to the scale meets all entries, those that do not exist too
-                exists = existing(lengths, *own.shape[:2], own.device)
+                exists = existing(lengths, own.shape[0], own.shape[1], own.device)
                 own = own.masked_fill(~(exists.unsqueeze(2) & exists.unsqueeze(1)), 0.0)
             own = own / between.scale.view(-1, 1, 1)
         if not batched:
