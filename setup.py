@@ -24,7 +24,7 @@ CPU_SOURCES = (
     "csrc/cpu/sinkhorn.cpp",
     "csrc/cpu/instruction_set.cpp",
 )
-CUDA_SOURCES = ("csrc/cuda/contrastive.cu", "csrc/cuda/fused.cu")
+CUDA_SOURCES = ("csrc/cuda/contrastive.cu", "csrc/cuda/fused.cu", "csrc/cuda/sinkhorn.cu")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 HEADERS = tuple(str(p) for p in sorted(Path("csrc").rglob("*.h")))
 

@@ -1,14 +1,16 @@
-"""Time and memory of one-sided InfoNCE, forward and backward, beside what else computes it."""
+"""Time and memory of the losses between queries and keys, forward and backward, beside what else computes them."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import command
 import harness
@@ -18,9 +20,12 @@ from command import DTYPES, Benchmark
 from harness import Case, Check, Figure, Measurement, Outputs, Provider
 from torch import Tensor
 
-from seer_kernels import backends, info_nce
+from seer_kernels import backends, info_nce, siglip
 
 TEMPERATURE = 0.1
+BIAS = -10.0
+"""Of the sigmoid loss, as its authors start it."""
+LOSSES = ("info_nce", "clip", "siglip")
 
 BROADCAST_LIMIT = 1 << 30
 """Largest N x N x D tensor, in bytes, for which the paper's formula is run: it holds six of them."""
@@ -34,21 +39,26 @@ class Size:
     P: int
     N: int
     D: int
+    loss: str = "info_nce"
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """From `NxD` or `PxNxD`."""
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text):
-            raise argparse.ArgumentTypeError(f"expected NxD or PxNxD, such as 1024x4096 or 3x32x4096; got {text!r}")
-        numbers = [int(n) for n in text.split("x")]
-        size = cls(*numbers) if len(numbers) == 3 else cls(1, *numbers)
+        """From `NxD` or `PxNxD`, perhaps after `LOSS:`."""
+        match = re.fullmatch(rf"(?:({'|'.join(LOSSES)}):)?([1-9]\d*(?:x[1-9]\d*){{1,2}})", text)
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"expected NxD, PxNxD or LOSS:NxD, such as 1024x4096, 3x32x4096 or clip:512x768; got {text!r}"
+            )
+        numbers = [int(n) for n in match[2].split("x")]
+        size = cls(*([1] * (3 - len(numbers)) + numbers), match[1] or "info_nce")
         if size.N == 1:
             raise argparse.ArgumentTypeError(f"a single pair has no negatives and a loss of 0; got {text!r}")
         return size
 
     @property
     def name(self) -> str:
-        return f"N={self.N}, D={self.D}" + (f", {self.P} problems" if self.P > 1 else "")
+        loss = "" if self.loss == "info_nce" else f"{self.loss}, "
+        return f"{loss}N={self.N}, D={self.D}" + (f", {self.P} problems" if self.P > 1 else "")
 
     @property
     def regime(self) -> str:
@@ -64,13 +74,25 @@ SIZES = (
     Size(1, 1024, 1024),
     Size(1, 4096, 1024),
     Size(1, 2048, 4096),
+    Size(1, 2048, 1024, "clip"),
+    Size(1, 2048, 1024, "siglip"),
 )
-SIZES_QUICK = (Size(3, 32, 4096), Size(1, 256, 4096), Size(1, 1024, 128), Size(1, 1024, 1024))
+SIZES_QUICK = (
+    Size(3, 32, 4096),
+    Size(1, 256, 4096),
+    Size(1, 1024, 128),
+    Size(1, 1024, 1024),
+    Size(1, 512, 512, "clip"),
+    Size(1, 512, 512, "siglip"),
+)
 
 
 def make_case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
-    fields = {"regime": size.regime, "P": size.P, "N": size.N, "M": size.N, "D": size.D, "dtype": str(dtype)[6:]}
-    return Case(size.name, fields | {"device_type": device.type})
+    fields = {"loss": size.loss, "regime": size.regime, "P": size.P, "N": size.N, "M": size.N, "D": size.D}
+    fields |= {"dtype": str(dtype)[6:], "device_type": device.type}
+    features = size.P * size.N * size.D
+    work = {"flops": 3 * 2 * features * size.N, "least_bytes": 4 * features * dtype.itemsize}
+    return Case(size.name, fields | work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +103,7 @@ class Pairs:
     form.
     """
 
+    loss: str
     query: Tensor  # [P, N, D]
     key: Tensor  # [P, N, D]
     queries: tuple[Tensor, ...]  # P times [N, D]
@@ -99,6 +122,7 @@ def make_pairs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) 
     query, key = (x * torch.rand(*shape[:2], 1, generator=generator).exp() for x in (query, key))
     query, key = query.to(device, dtype), key.to(device, dtype)
     return Pairs(
+        size.loss,
         query.requires_grad_(),
         key.requires_grad_(),
         tuple(q.detach().requires_grad_() for q in query),
@@ -106,8 +130,15 @@ def make_pairs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) 
     )
 
 
-def native(pairs: Pairs) -> Outputs:
-    loss = info_nce(pairs.query, pairs.key, temperature=TEMPERATURE, backend="native").mean()
+def ours(query: Tensor, key: Tensor, loss: str, backend: str) -> Tensor:
+    """The mean over problems, of [P, N, D] each."""
+    if loss == "siglip":
+        return siglip(query, key, temperature=TEMPERATURE, bias=BIAS, backend=backend).mean()
+    return info_nce(query, key, temperature=TEMPERATURE, symmetric=loss == "clip", backend=backend).mean()
+
+
+def by_backend(backend: str, pairs: Pairs) -> Outputs:
+    loss = ours(pairs.query, pairs.key, pairs.loss, backend)
     return Outputs(loss, torch.autograd.grad(loss, (pairs.query, pairs.key)))
 
 
@@ -117,9 +148,20 @@ def one_by_one(loss_of: Callable[[Tensor, Tensor], Tensor], pairs: Pairs) -> Out
     return Outputs(loss, torch.autograd.grad(loss, (*pairs.queries, *pairs.keys)))
 
 
-def idiomatic(query: Tensor, key: Tensor) -> Tensor:
+def idiomatic(loss: str, query: Tensor, key: Tensor) -> Tensor:
     logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+    if loss == "siglip":
+        sign = 2 * torch.eye(len(query), dtype=logits.dtype, device=logits.device) - 1
+        return -F.logsigmoid(sign * (logits + BIAS)).sum() / len(query)
+    pairs = torch.arange(len(query), device=query.device)
+    if loss == "clip":
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    return F.cross_entropy(logits, pairs)
+
+
+def prepare_compiled(case: Case) -> Callable[[Pairs], Outputs]:
+    torch.compiler.reset()  # what was compiled for other sizes would make this one dynamic
+    return partial(one_by_one, torch.compile(partial(idiomatic, case.fields["loss"]), dynamic=False))
 
 
 def paper(query: Tensor, key: Tensor) -> Tensor:
@@ -139,6 +181,48 @@ def prepare_metric_learning(case: Case) -> Callable[[Pairs], Outputs]:
         # a second tensor: given the same one twice, the library takes the diagonal for self-pairs and drops it
         loss: Tensor = module(query, labels, ref_emb=key, ref_labels=labels.clone())
         return loss
+
+    return partial(one_by_one, loss_of)
+
+
+def prepare_sentence_transformers(case: Case) -> Callable[[Pairs], Outputs]:
+    from sentence_transformers import losses
+
+    clip = case.fields["loss"] == "clip"
+    kind = losses.MultipleNegativesSymmetricRankingLoss if clip else losses.MultipleNegativesRankingLoss
+    module = kind(model=None, scale=1 / TEMPERATURE)
+
+    def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        loss: Tensor = module.compute_loss_from_embeddings([query, key], torch.empty(0))
+        return loss
+
+    return partial(one_by_one, loss_of)
+
+
+def prepare_open_clip(case: Case) -> Callable[[Pairs], Outputs]:
+    package = importlib.util.find_spec("open_clip")
+    folder = package.submodule_search_locations[0] if package and package.submodule_search_locations else ""
+    losses = runpy.run_path(f"{folder}/loss.py")  # the whole package wants torchvision
+
+    clip = case.fields["loss"] == "clip"
+    module = losses["ClipLoss"]() if clip else losses["SigLipLoss"]()
+    bias = () if clip else (BIAS,)
+
+    def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        unit = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        loss: Tensor = module(*unit, 1 / TEMPERATURE, *bias)
+        return loss
+
+    return partial(one_by_one, loss_of)
+
+
+def prepare_inf_cl(case: Case) -> Callable[[Pairs], Outputs]:
+    from inf_cl import cal_flash_loss
+
+    def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        unit = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        rows: Tensor = cal_flash_loss(*unit, scale=1 / TEMPERATURE)
+        return rows.mean()
 
     return partial(one_by_one, loss_of)
 
@@ -180,9 +264,9 @@ def named(outputs: Outputs) -> dict[str, Tensor]:
 def truth(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Loss and gradients of the reference in fp64, and the tolerances that idiomatic torch's own errors give."""
     query, key = (x.detach().double().requires_grad_() for x in (pairs.query, pairs.key))
-    loss = info_nce(query, key, temperature=TEMPERATURE, backend="reference").mean()
+    loss = ours(query, key, pairs.loss, "reference")
     expected = named(Outputs(loss, torch.autograd.grad(loss, (query, key))))
-    plain = named(one_by_one(idiomatic, pairs))
+    plain = named(one_by_one(partial(idiomatic, pairs.loss), pairs))
     dtype = pairs.query.dtype
     return expected, {n: harness.tolerance(harness.relative_error(plain[n], expected[n]), dtype) for n in expected}
 
@@ -211,30 +295,65 @@ def check_floor(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
 def make_providers(broadcast_limit: int = BROADCAST_LIMIT) -> dict[str, Provider]:
     """All providers by name, in the order of the table."""
 
-    def no_native(case: Case) -> str | None:
-        status = backends()["native"]
-        return None if case.fields["device_type"] in status.devices else status.reason
+    def unserved(backend: str) -> Callable[[Case], str | None]:
+        status = backends()[backend]
+        return lambda case: None if case.fields["device_type"] in status.devices else status.reason
+
+    def without(package: str, *losses: str, needs: Callable[[Case], str | None] = lambda case: None) -> Any:
+        """Why another package is not run: not installed, without the loss, or what `needs` says."""
+
+        def reason(case: Case) -> str | None:
+            if case.fields["loss"] not in losses:
+                return "does not have this loss"
+            return needs(case) if importlib.util.find_spec(package) else "not installed"
+
+        return reason
 
     def too_broad(case: Case) -> str | None:
+        if case.fields["loss"] != "info_nce":
+            return "does not have this loss"
         N, D, dtype = (case.fields[name] for name in ("N", "D", "dtype"))
         size = N * N * D * DTYPES[dtype].itemsize
         if size <= broadcast_limit:
             return None
         return f"N × N × D is {harness.format_bytes(size)}, limit {harness.format_bytes(broadcast_limit)}"
 
-    def no_metric_learning(case: Case) -> str | None:
-        return None if importlib.util.find_spec("pytorch_metric_learning") else "not installed"
+    def inf_cl_needs(case: Case) -> str | None:
+        if case.fields["device_type"] != "cuda" or case.fields["dtype"] != "float32":
+            return "runs on CUDA in float32 only"
+        return None if case.fields["D"] % 256 == 0 else "needs a multiple of 256 features"
 
     providers = (
         Provider(
-            "native", "info_nce", lambda case: native, check_loss, no_native, "seer_kernels.info_nce, native backend."
+            "native",
+            "ours, native",
+            lambda case: partial(by_backend, "native"),
+            check_loss,
+            unserved("native"),
+            "seer_kernels.info_nce (symmetric for clip) and siglip, native backend, all problems in one call.",
+        ),
+        Provider(
+            "triton",
+            "ours, Triton",
+            lambda case: partial(by_backend, "triton"),
+            check_loss,
+            unserved("triton"),
+            "The same, Triton backend.",
         ),
         Provider(
             "idiomatic",
             "idiomatic torch",
-            lambda case: partial(one_by_one, idiomatic),
+            lambda case: partial(one_by_one, partial(idiomatic, case.fields["loss"])),
             check_loss,
-            note="F.normalize, a matrix product and F.cross_entropy, called once per problem.",
+            note="F.normalize, a matrix product and F.cross_entropy (F.logsigmoid), called once per problem.",
+        ),
+        Provider(
+            "compiled",
+            "torch.compile",
+            prepare_compiled,
+            check_loss,
+            note="The same through torch.compile, for this size.",
+            compiles=True,
         ),
         Provider(
             "paper",
@@ -250,17 +369,45 @@ def make_providers(broadcast_limit: int = BROADCAST_LIMIT) -> dict[str, Provider
             "pytorch-metric-learning",
             prepare_metric_learning,
             check_loss,
-            no_metric_learning,
+            without("pytorch_metric_learning", "info_nce"),
             "SupConLoss with ref_emb=key, one label per pair and MeanReducer: one positive among N keys, which is "
             "exactly one-sided InfoNCE (checked, as for all). Its NTXentLoss is left out: the same value from a matrix "
             "of N × N(N-1) entries, 4 GiB at N = 1024.",
+            foreign=True,
+        ),
+        Provider(
+            "st",
+            "sentence-transformers",
+            prepare_sentence_transformers,
+            check_loss,
+            without("sentence_transformers", "info_nce", "clip"),
+            "MultipleNegativesRankingLoss (for clip the symmetric one) of given embeddings.",
+            foreign=True,
+        ),
+        Provider(
+            "open_clip",
+            "open_clip",
+            prepare_open_clip,
+            check_loss,
+            without("open_clip", "clip", "siglip"),
+            "F.normalize, then ClipLoss or SigLipLoss.",
+            foreign=True,
+        ),
+        Provider(
+            "inf_cl",
+            "Inf-CL",
+            prepare_inf_cl,
+            check_loss,
+            without("inf_cl", "info_nce", needs=inf_cl_needs),
+            "F.normalize, then cal_flash_loss, whose products are TF32.",
+            foreign=True,
         ),
         Provider(
             "floor",
             "floor",
             prepare_floor,
             check_floor,
-            note="The three matrix products that the loss and its gradients need, bare, into preallocated outputs.",
+            note="The three matrix products that loss and gradients need, bare, into preallocated outputs.",
         ),
     )
     return {p.name: p for p in providers}
@@ -280,7 +427,7 @@ def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
 
 BENCHMARK = Benchmark(
     name="bench_loss",
-    title="One-sided InfoNCE, forward and backward",
+    title="InfoNCE, CLIP and SigLIP, forward and backward",
     description=__doc__,
     examples="""\
   python benchmarks/bench_loss.py                                the full table, under two minutes on two cores
@@ -291,7 +438,7 @@ BENCHMARK = Benchmark(
     sizes=SIZES,
     sizes_quick=SIZES_QUICK,
     parse_size=Size.parse,
-    size_help="NxD or PxNxD: P independent problems (default 1) of N pairs with D features",
+    size_help="[LOSS:][Px]NxD: info_nce (default), clip or siglip of P problems (default 1) of N pairs with D features",
     make_case=make_case,
     make_inputs=make_pairs,
     input_bytes=lambda size, dtype: 2 * size.P * size.N * size.D * dtype.itemsize,
@@ -299,6 +446,14 @@ BENCHMARK = Benchmark(
     make_figures=make_figures,
     forget=truth.cache_clear,
     measured="forward and backward of the mean loss with respect to queries and keys",
+    packages=(
+        "seer-kernels",
+        "triton",
+        "pytorch-metric-learning",
+        "sentence-transformers",
+        "open_clip_torch",
+        "inf_cl",
+    ),
 )
 
 

@@ -58,7 +58,9 @@ SIZES_QUICK = (Size("nt_xent", 256, 4096), Size("sup_con", 1024, 1024))
 
 def make_case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
     fields = {"loss": size.loss, "N": size.N, "D": size.D, "dtype": str(dtype)[6:], "device_type": device.type}
-    return Case(size.name, fields)
+    # half of S = X Xᵀ, and one product with it
+    work = {"flops": 3 * size.N**2 * size.D, "least_bytes": 2 * size.N * size.D * dtype.itemsize}
+    return Case(size.name, fields | work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,11 @@ def idiomatic(rows: Rows) -> Tensor:
     return (logits.logsumexp(-1) - of_positives).mean()
 
 
+def prepare_compiled(case: Case) -> Callable[[Rows], Outputs]:
+    torch.compiler.reset()  # what was compiled for other sizes would make this one dynamic
+    return partial(of_features, torch.compile(idiomatic, dynamic=False))
+
+
 def prepare_metric_learning(case: Case) -> Callable[[Rows], Outputs]:
     from pytorch_metric_learning.losses import SupConLoss
     from pytorch_metric_learning.reducers import MeanReducer
@@ -156,17 +163,18 @@ def named(outputs: Outputs) -> dict[str, Tensor]:
 def truth(rows: Rows) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Loss and gradients in fp64, and the tolerances that idiomatic torch's own errors give.
 
-    Of the reference; or, where its matrices would exceed the limit, of the native backend, which smaller sizes check.
+    Of the reference; or, where its matrices would exceed the limit, of the native backend on the CPU, which smaller
+    sizes check.
     """
-    wide = rows.features.detach().double()
+    stored = fits(len(rows.features)) is None
+    device, dtype = rows.features.device, rows.features.dtype
+    wide = rows.features.detach().to(device if stored else "cpu", torch.float64)
     first, second = (part.detach().requires_grad_() for part in wide.chunk(2))
-    exact = Rows(rows.loss, wide.requires_grad_(), (first, second), rows.labels)
-    stored = fits(len(wide)) is None
+    exact = Rows(rows.loss, wide.requires_grad_(), (first, second), rows.labels.to(wide.device))
     expected = named(ours(exact, "reference" if stored else "native"))
     if not stored:
-        return expected, dict.fromkeys(expected, harness.tolerance(0.0, rows.features.dtype))
+        return {n: x.to(device) for n, x in expected.items()}, dict.fromkeys(expected, harness.tolerance(0.0, dtype))
     plain = named(of_features(idiomatic, rows))
-    dtype = rows.features.dtype
     return expected, {n: harness.tolerance(harness.relative_error(plain[n], expected[n]), dtype) for n in expected}
 
 
@@ -196,9 +204,9 @@ def fits(N: int) -> str | None:
 def make_providers() -> dict[str, Provider]:
     """All providers by name, in the order of the table."""
 
-    def no_native(case: Case) -> str | None:
-        status = backends()["native"]
-        return None if case.fields["device_type"] in status.devices else status.reason
+    def unserved(backend: str) -> Callable[[Case], str | None]:
+        status = backends()[backend]
+        return lambda case: None if case.fields["device_type"] in status.devices else status.reason
 
     def too_large(case: Case) -> str | None:
         return fits(case.fields["N"])
@@ -209,7 +217,22 @@ def make_providers() -> dict[str, Provider]:
         return too_large(case)
 
     providers = (
-        Provider("native", "ours", lambda case: ours, check_loss, no_native, "seer_kernels, native backend."),
+        Provider(
+            "native",
+            "ours, native",
+            lambda case: ours,
+            check_loss,
+            unserved("native"),
+            "seer_kernels.nt_xent and sup_con, native backend.",
+        ),
+        Provider(
+            "triton",
+            "ours, Triton",
+            lambda case: partial(ours, backend="triton"),
+            check_loss,
+            unserved("triton"),
+            "The same, Triton backend.",
+        ),
         Provider(
             "idiomatic",
             "idiomatic torch",
@@ -219,12 +242,22 @@ def make_providers() -> dict[str, Provider]:
             "F.normalize, a matrix product, masks, logsumexp; the similarities are stored.",
         ),
         Provider(
+            "compiled",
+            "torch.compile",
+            prepare_compiled,
+            check_loss,
+            too_large,
+            "The same through torch.compile, for this size.",
+            compiles=True,
+        ),
+        Provider(
             "pml",
             "pytorch-metric-learning",
             prepare_metric_learning,
             check_loss,
             no_metric_learning,
             "SupConLoss with MeanReducer; for NT-Xent with one label per sample, which is the same value (checked).",
+            foreign=True,
         ),
         Provider(
             "floor",
@@ -283,6 +316,7 @@ BENCHMARK = Benchmark(
     make_figures=make_figures,
     forget=truth.cache_clear,
     measured="forward and backward of the mean loss with respect to the features",
+    packages=("seer-kernels", "triton", "pytorch-metric-learning"),
 )
 
 

@@ -52,6 +52,15 @@ class Benchmark:
     """Whose versions are noted."""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    extra_columns: Callable[[Measurement, Sequence[Measurement]], Mapping[str, Any]] = lambda m, everyone: {}
+    """Further columns of a measurement's row, given all measurements."""
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    """Adds what only this script takes."""
+    use_arguments: Callable[[argparse.Namespace], str] = lambda options: ""
+    """Takes it; returns what is to be said about it."""
+    timed: bool = True
+    draw: Callable[[Path, Path], None] | None = None
+    """Draws the picture from the result file; by default `harness.plot` draws the measurements."""
     floor: str = "floor"
     """The provider that all times are divided by."""
     ours: str = "native"
@@ -72,6 +81,7 @@ what is measured
             median and quartiles of calls in which the providers take turns
   memory    most bytes alive at one time that the call took from torch's allocator, minus the gradients it returns
   check     {benchmark.checked}; a provider that fails is not timed, and the exit code is 1
+            unless it is another package's
   figures   the numbers this package is held to, as met, missed or not measured; they do not change the exit code
 
 examples
@@ -102,6 +112,7 @@ benchmarks/README.md.""",
         metavar="FOLDER",
         help="where result files go (default: benchmarks/results)",
     )
+    benchmark.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable CUDA device")
@@ -126,7 +137,7 @@ def run(
             report("making inputs")
             count = harness.input_sets(benchmark.input_bytes(size, dtype), device)
             inputs = [benchmark.make_inputs(size, dtype, device, seed) for seed in range(count)]
-            budget = harness.BUDGET / 4 if options.quick else harness.BUDGET
+            budget = (harness.BUDGET / 4 if options.quick else harness.BUDGET) if benchmark.timed else None
             results = harness.measure(case, providers, inputs, device, budget=budget, report=report)
             benchmark.forget()
             measurements += results
@@ -141,20 +152,28 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     console, status = Console(), Console(stderr=True)
     if not console.is_terminal:
         console.width = 140
+    if remark := benchmark.use_arguments(options):
+        status.print(remark, highlight=False, soft_wrap=True)
     everyone = benchmark.make_providers(options.quick)
     providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
-    environment = harness.environment(torch.device(options.device), benchmark.packages)
+    device = torch.device(options.device)
+    environment = harness.environment(device, benchmark.packages)
+    ceilings = harness.ceilings(device, DTYPES[options.dtype])
+    environment |= {name: float(f"{value:.3g}") for name, value in ceilings._asdict().items()}
     measurements = run(benchmark, options, providers, status)
 
     title = f"{benchmark.title}, {options.dtype}"
+    rates = f"{ceilings.flops_per_second / 1e12:.3g} Tflop/s, copy {ceilings.bytes_per_second / 1e9:.3g} GB/s"
     caption = (
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"Python {environment['python']}, {environment['date']}"
+        f"Python {environment['python']}, {environment['date']}; matrix product {rates}"
     )
     console.print(harness.results_table(title, measurements, floor=benchmark.floor, ours=benchmark.ours))
     console.print(f"[dim]{caption}[/dim]", highlight=False)
+    unused = harness.nowhere(measurements)
     for provider in providers:
-        console.print(f"[bold]{provider.label}[/bold]: {provider.note}", highlight=False)
+        note = f"left out: {unused[provider.label]}" if provider.label in unused else provider.note
+        console.print(f"[bold]{provider.label}[/bold]: {note}", highlight=False)
     busy = max((m.busy_elsewhere or 0 for m in measurements), default=0)
     if busy > 0.05:
         console.print(f"[yellow]Other processes used up to {busy:.0%} of the CPUs meanwhile: times are noisy.[/yellow]")
@@ -167,15 +186,18 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     parts.insert(1, options.dtype != "float32" and options.dtype)
     stem = options.out / "-".join([benchmark.name, *(p for p in parts if p)])
     options.out.mkdir(parents=True, exist_ok=True)
-    harness.write_csv(
-        stem.with_suffix(".csv"),
-        harness.rows(benchmark.name.removeprefix("bench_"), measurements, environment, list(everyone.values())),
-    )
+    rows = harness.rows(benchmark.name.removeprefix("bench_"), measurements, environment, list(everyone.values()))
+    rows = [row | benchmark.extra_columns(m, measurements) for row, m in zip(rows, measurements, strict=True)]
+    harness.write_csv(stem.with_suffix(".csv"), rows)
     harness.write_figures(stem.with_suffix(".json"), figures, environment)
-    harness.plot(stem.with_suffix(".png"), title, caption, measurements, floor=benchmark.floor)
+    picture = stem.with_suffix(".png")
+    if benchmark.draw is None:
+        harness.plot(picture, title, caption, measurements, floor=benchmark.floor)
+    elif any(m.status == "ok" for m in measurements):
+        benchmark.draw(stem.with_suffix(".csv"), picture)
     console.print(f"Written: {stem}.csv, .json, .png", highlight=False, soft_wrap=True)
 
     failed = [m for m in measurements if m.status == "failed"]
     for m in failed:
         status.print(f"[bold red]failed[/bold red] {m.provider.name} on {m.case.name}: {m.reason}", highlight=False)
-    return 1 if failed else 0
+    return 1 if any(not m.provider.foreign for m in failed) else 0

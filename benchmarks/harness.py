@@ -3,8 +3,8 @@
 A benchmark states its cases (what is computed, at which size) and its providers (who computes it), and calls `measure`
 for every case:
 
-1. Each provider runs once. That call yields its peak memory, and its outputs are checked; a provider whose check fails
-   is reported as failed and never timed.
+1. Each provider runs once, after a first call where that compiles. This call yields its peak memory, and its outputs
+   are checked; a provider whose check fails is reported as failed and never timed.
 2. The providers take turns in one process, round after round, each round starting with another one, so that whatever
    else the machine does hits all of them alike. A provider whose calls take long takes part in fewer rounds, evenly
    spread. Each call gets the next of several input sets, which together exceed the last-level cache.
@@ -103,6 +103,12 @@ class Provider:
     """Why this provider is not run on a case (not installed, too large), or None."""
     note: str = ""
     """Footnote of the table."""
+    compiles: bool = False
+    """Whether its first call compiles: that call is neither timed nor is its memory taken. On CUDA all do."""
+    detail: Callable[[Case, Sequence[Any]], Mapping[str, float]] = lambda case, inputs: {}
+    """What else is measured after the timing, by name, given the input sets."""
+    foreign: bool = False
+    """Whether this is another package, whose failure is reported but is none of the run."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Measurement:
     peak_bytes: int | None = None
     seconds: tuple[float, ...] = ()
     """One entry per timed call."""
+    detail: Mapping[str, float] = field(default_factory=dict)
+    """What the provider measures beside time and memory, by name."""
     busy_elsewhere: float | None = None
     """Share of the CPUs, 0 to 1, that other processes used while the case was timed; None where unknown."""
 
@@ -209,16 +217,43 @@ def _replay_allocations(profile: torch.profiler.profile) -> tuple[int, int]:
 
 
 def _timed(call: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, float]:
-    _synchronize(device)
+    """Outputs, and seconds: on CUDA between two events on an idle device, so what the host takes to launch counts."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        outputs = call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return outputs, begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     outputs = call()
-    _synchronize(device)
     return outputs, time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Ceilings(NamedTuple):
+    """What the machine can do, measured in the process that measures the rest."""
+
+    flops_per_second: float
+    """Of a large square matrix product by torch's library, 2 n^3 flop."""
+    bytes_per_second: float
+    """Of a large copy, bytes read plus bytes written."""
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The better of a few attempts each, on random numbers."""
+    n, copied = (8192, 1 << 30) if device.type == "cuda" else (1024, min(4 * _last_level_cache(device), 1 << 28))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.rand(copied // 4, device=device)
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], Tensor]) -> float:
+        return min(_timed(lambda: Outputs(work(), ()), device)[1] for _ in range(4))
+
+    return Ceilings(
+        2 * n**3 / seconds(lambda: torch.mm(a, b, out=product)), 2 * copied / seconds(lambda: target.copy_(source))
+    )
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
@@ -266,13 +301,13 @@ def measure(
     inputs: Sequence[Any],
     device: torch.device,
     *,
-    budget: float = BUDGET,
+    budget: float | None = BUDGET,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[Measurement]:
     """Checks, then times every provider on one case; one measurement per provider, in their order.
 
-    `inputs` are the sets to rotate through, `budget` is the time for timed calls in seconds (see `BUDGET`), `report` is
-    told what goes on.
+    `inputs` are the sets to rotate through, `budget` is the time for timed calls in seconds (see `BUDGET`; with None
+    nothing is timed), `report` is told what goes on.
     """
     results: dict[str, Measurement] = {}
     calls: dict[str, Callable[[Any], Outputs]] = {}
@@ -285,24 +320,36 @@ def measure(
         report(f"checking {provider.name}")
         try:
             call = provider.prepare(case)
+            if provider.compiles or device.type == "cuda":  # where workspaces of matrix products stay, too
+                call(inputs[0])
             peak, outputs, seconds = peak_memory(lambda call=call: call(inputs[0]), device)  # type: ignore[misc]
             check = provider.check(case, inputs[0], outputs)
         except Exception as error:  # whatever a provider throws: it failed, the others go on
-            results[provider.name] = Measurement(case, provider, "failed", f"{type(error).__name__}: {error}")
+            if "cannot run on" in str(error):  # how this package words that a backend does not serve a problem
+                results[provider.name] = Measurement(case, provider, "left out", str(error).partition(". Available")[0])
+            else:
+                results[provider.name] = Measurement(case, provider, "failed", f"{type(error).__name__}: {error}")
             continue
         if not check.passed:
             results[provider.name] = Measurement(case, provider, "failed", str(check), check)
             continue
         results[provider.name] = Measurement(case, provider, "ok", check=check, peak_bytes=peak)
-        if seconds > SLOW_CALL:
+        if budget is None:
+            pass
+        elif seconds > SLOW_CALL:
             times[provider.name] = (seconds,)
         else:
             calls[provider.name], first[provider.name] = call, seconds
         del outputs
 
-    turns, busy = _take_turns(calls, first, inputs, device, budget, report)
+    turns, busy = _take_turns(calls, first, inputs, device, budget or 0.0, report)
     times |= turns
-    return [replace(r, seconds=times.get(name, ()), busy_elsewhere=busy) for name, r in results.items()]
+    report("measuring details")
+    details = {p.name: p.detail(case, inputs) for p in providers if p.name in times}
+    return [
+        replace(r, seconds=times.get(name, ()), detail=details.get(name, {}), busy_elsewhere=busy)
+        for name, r in results.items()
+    ]
 
 
 def _take_turns(
@@ -485,9 +532,9 @@ def write_figures(path: Path, figures: Sequence[Figure], environment: Mapping[st
 
 
 def results_table(title: str, measurements: Sequence[Measurement], *, floor: str, ours: str) -> Table:
-    """Cases downwards, providers across. `floor` and `ours` name the providers that the others are divided by."""
+    """Cases downwards; providers across, without those that never ran. The others are divided by `floor` and `ours`."""
     cases = {m.case.name: m.case for m in measurements}
-    providers = {m.provider.name: m.provider for m in measurements}
+    providers = {m.provider.name: m.provider for m in measurements if m.status != "left out"}
     by_key = {(m.case.name, m.provider.name): m for m in measurements}
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("case", style="bold")
@@ -508,7 +555,19 @@ def results_table(title: str, measurements: Sequence[Measurement], *, floor: str
     return table
 
 
+def nowhere(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """Label of every provider that was left out of all cases -> its reasons."""
+    ran = {m.provider.name for m in measurements if m.status != "left out"}
+    reasons: dict[str, list[str]] = {}
+    for m in measurements:
+        if m.provider.name not in ran:
+            reasons.setdefault(m.provider.label, []).append(m.reason)
+    return {label: "; ".join(dict.fromkeys(texts)) for label, texts in reasons.items()}
+
+
 def _status_cell(m: Measurement) -> Text:
+    if m.status == "ok" and not m.seconds:
+        return Text("not timed", "dim")
     if m.status == "ok":
         return Text(f"{_ms(m.median)} ms" + (" (1 run)" if len(m.seconds) == 1 else ""), "bold")
     if m.status == "failed":
@@ -542,7 +601,8 @@ def format_bytes(n: int) -> str:
 
 
 # Okabe and Ito: told apart by people with any common colour blindness; the markers say the same again
-_STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#CC79A7", "^"), ("#009E73", "D"), ("#D55E00", "v"), ("#56B4E9", "P"))
+_COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9")
+STYLES = tuple(zip(2 * _COLOURS, ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h"), strict=True))
 
 
 def plot(path: Path, title: str, caption: str, measurements: Sequence[Measurement], *, floor: str) -> None:
@@ -557,7 +617,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     from matplotlib.ticker import FuncFormatter
 
     cases = list(dict.fromkeys(m.case.name for m in measurements))
-    providers = {m.provider.name: m.provider.label for m in measurements if m.provider.name != floor}
+    providers = {m.provider.name: m.provider.label for m in measurements if m.provider.name != floor and m.seconds}
     floors = {m.case.name: m.median for m in measurements if m.provider.name == floor and m.seconds}
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, figsize=(12, 1.8 + 0.95 * len(cases)), width_ratios=(4, 3), layout="constrained"
@@ -568,7 +628,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
     }
     step = 0.8 / max(len(providers), 1)
     for i, (name, label) in enumerate(providers.items()):
-        color, marker = _STYLES[i % len(_STYLES)]
+        color, marker = STYLES[i % len(STYLES)]
         dot = {"color": color, "marker": marker, "markersize": 7, "linestyle": "none"}
         named = False
         for m in measurements:
@@ -604,7 +664,7 @@ def plot(path: Path, title: str, caption: str, measurements: Sequence[Measuremen
             axes.axhline(boundary - 0.5, color="#eeeeee", linewidth=1)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     if left.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper right", ncols=len(providers), frameon=False)
+        figure.legend(loc="outside upper right", ncols=min(len(providers), 5), frameon=False)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=8, color="#666666")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -145,6 +145,51 @@ void bind_panels(py::module_& m, const std::string& type) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+// Binds the solvers that CPU and CUDA share under `suffix`; the last arguments say where they run, as above.
+template <class T, class... Where, class... Names>
+void bind_solvers(py::module_& m, const std::string& suffix,
+                  void (*solve)(const Transport<T>&, const Stopping&, const Potentials<T>&, Where...),
+                  void (*gradient)(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, Where...),
+                  const Names&... where) {
+  m.def(
+      ("sinkhorn_solve_" + suffix).c_str(),
+      [solve](const Transport<T>& transport, int64_t max_iterations, double tolerance, double above, double start,
+              double factor, double until, std::uintptr_t value, std::uintptr_t transport_cost, std::uintptr_t f,
+              std::uintptr_t g, std::uintptr_t scale, std::uintptr_t marginal_error, std::uintptr_t iterations,
+              std::uintptr_t converged, std::uintptr_t usable, Where... place) {
+        solve(transport, Stopping{max_iterations, tolerance, above, start, factor, until},
+              Potentials<T>{pointer<T>(value), pointer<T>(transport_cost), pointer<T>(f), pointer<T>(g),
+                            pointer<T>(scale), pointer<T>(marginal_error), pointer<int32_t>(iterations),
+                            pointer<bool>(converged), pointer<bool>(usable)},
+              place...);
+      },
+      py::arg("transport"), py::kw_only(), py::arg("max_iterations"), py::arg("tolerance"), py::arg("above"),
+      py::arg("start"), py::arg("factor"), py::arg("until"), py::arg("value"), py::arg("transport_cost"), py::arg("f"),
+      py::arg("g"), py::arg("scale"), py::arg("marginal_error"), py::arg("iterations"), py::arg("converged"),
+      py::arg("usable"), py::arg(where)..., py::call_guard<py::gil_scoped_release>());
+  m.def(
+      ("sinkhorn_gradient_" + suffix).c_str(),
+      [gradient](const Transport<T>& transport, std::uintptr_t f, std::uintptr_t g, std::uintptr_t scale,
+                 std::uintptr_t value_gradient, std::uintptr_t transport_cost_gradient, std::uintptr_t f_gradient,
+                 std::uintptr_t g_gradient, std::uintptr_t scale_gradient, std::uintptr_t cost_gradient,
+                 std::uintptr_t a_gradient, std::uintptr_t b_gradient, Where... place) {
+        Potentials<T> at{};
+        at.f = pointer<T>(f);
+        at.g = pointer<T>(g);
+        at.scale = pointer<T>(scale);
+        gradient(transport, at,
+                 TransportGradient<T>{pointer<const T>(value_gradient), pointer<const T>(transport_cost_gradient),
+                                      pointer<const T>(f_gradient), pointer<const T>(g_gradient),
+                                      pointer<const T>(scale_gradient), pointer<T>(cost_gradient),
+                                      pointer<T>(a_gradient), pointer<T>(b_gradient)},
+                 place...);
+      },
+      py::arg("transport"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("value_gradient"),
+      py::arg("transport_cost_gradient"), py::arg("f_gradient"), py::arg("g_gradient"), py::arg("scale_gradient"),
+      py::arg("cost_gradient"), py::arg("a_gradient"), py::arg("b_gradient"), py::arg(where)...,
+      py::call_guard<py::gil_scoped_release>());
+}
+
 template <class T>
 void bind_sinkhorn(py::module_& m, const std::string& type) {
   py::class_<Transport<T>>(m, ("Transport_" + type).c_str())
@@ -179,49 +224,45 @@ void bind_sinkhorn(py::module_& m, const std::string& type) {
       py::kw_only(), py::arg("B"), py::arg("n"), py::arg("m"), py::arg("D"), py::arg("x"), py::arg("y"),
       py::arg("x_lengths"), py::arg("y_lengths"), py::arg("ground"), py::arg("cancelled"), py::arg("cost"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  bind_solvers<T>(m, type, cpu::sinkhorn_solve<T>, cpu::sinkhorn_gradient<T>, "threads");
+  py::class_<Alternation<T>>(m, ("Alternation_" + type).c_str())
+      .def(py::init([](int64_t P, int64_t N, int64_t M, int64_t iterations, std::uintptr_t cost, std::uintptr_t log_a,
+                       std::uintptr_t log_b, std::uintptr_t start, double share_a, double share_b) {
+             return Alternation<T>{P, N, M, iterations, pointer<const T>(cost), pointer<const T>(log_a),
+                                   pointer<const T>(log_b), pointer<const T>(start), T(share_a), T(share_b)};
+           }),
+           py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("iterations"), py::arg("cost"),
+           py::arg("log_a"), py::arg("log_b"), py::arg("start"), py::arg("share_a"), py::arg("share_b"));
   m.def(
-      ("sinkhorn_solve_" + type).c_str(),
-      [](const Transport<T>& transport, int64_t max_iterations, double tolerance, double above, double start,
-         double factor, double until, std::uintptr_t value, std::uintptr_t transport_cost, std::uintptr_t f,
-         std::uintptr_t g, std::uintptr_t scale, std::uintptr_t marginal_error, std::uintptr_t iterations,
-         std::uintptr_t converged, std::uintptr_t usable, int threads) {
-        cpu::sinkhorn_solve(transport, Stopping{max_iterations, tolerance, above, start, factor, until},
-                            Potentials<T>{pointer<T>(value), pointer<T>(transport_cost), pointer<T>(f), pointer<T>(g),
-                                          pointer<T>(scale), pointer<T>(marginal_error), pointer<int32_t>(iterations),
-                                          pointer<bool>(converged), pointer<bool>(usable)},
-                            threads);
+      ("alternate_" + type).c_str(),
+      [](const Alternation<T>& alternation, std::uintptr_t potential, std::uintptr_t rows, std::uintptr_t columns,
+         int threads) {
+        cpu::alternate(alternation, pointer<T>(potential), pointer<T>(rows), pointer<T>(columns), threads);
       },
-      py::arg("transport"), py::kw_only(), py::arg("max_iterations"), py::arg("tolerance"), py::arg("above"),
-      py::arg("start"), py::arg("factor"), py::arg("until"), py::arg("value"), py::arg("transport_cost"), py::arg("f"),
-      py::arg("g"), py::arg("scale"), py::arg("marginal_error"), py::arg("iterations"), py::arg("converged"),
-      py::arg("usable"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("alternation"), py::kw_only(), py::arg("potential"), py::arg("rows"), py::arg("columns"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
-      ("sinkhorn_gradient_" + type).c_str(),
-      [](const Transport<T>& transport, std::uintptr_t f, std::uintptr_t g, std::uintptr_t scale,
-         std::uintptr_t value_gradient, std::uintptr_t transport_cost_gradient, std::uintptr_t f_gradient,
-         std::uintptr_t g_gradient, std::uintptr_t scale_gradient, std::uintptr_t cost_gradient,
-         std::uintptr_t a_gradient, std::uintptr_t b_gradient, int threads) {
-        Potentials<T> at{};
-        at.f = pointer<T>(f);
-        at.g = pointer<T>(g);
-        at.scale = pointer<T>(scale);
-        cpu::sinkhorn_gradient(
-            transport, at,
-            TransportGradient<T>{pointer<const T>(value_gradient), pointer<const T>(transport_cost_gradient),
-                                 pointer<const T>(f_gradient), pointer<const T>(g_gradient),
-                                 pointer<const T>(scale_gradient), pointer<T>(cost_gradient), pointer<T>(a_gradient),
-                                 pointer<T>(b_gradient)},
-            threads);
+      ("alternate_gradient_" + type).c_str(),
+      [](const Alternation<T>& alternation, std::uintptr_t rows, std::uintptr_t columns, std::uintptr_t gradient,
+         std::uintptr_t cost_gradient, int threads) {
+        cpu::alternate_gradient(alternation, pointer<const T>(rows), pointer<const T>(columns),
+                                pointer<const T>(gradient), pointer<T>(cost_gradient), threads);
       },
-      py::arg("transport"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("value_gradient"),
-      py::arg("transport_cost_gradient"), py::arg("f_gradient"), py::arg("g_gradient"), py::arg("scale_gradient"),
-      py::arg("cost_gradient"), py::arg("a_gradient"), py::arg("b_gradient"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("alternation"), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("gradient"),
+      py::arg("cost_gradient"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 #if defined(SEER_CUDA_ARCHITECTURES)
 RowSet rows(std::uintptr_t first, std::uintptr_t second, int64_t split, int64_t rows) {
   return {pointer<void>(first), pointer<void>(second), split, rows};
+}
+
+template <class T>
+void bind_cuda_sinkhorn(py::module_& m, const std::string& type) {
+  bind_solvers<T>(m, "cuda_" + type, cuda::sinkhorn_solve<T>, cuda::sinkhorn_gradient<T>, "scratch", "device",
+                  "stream");
+  m.def(("sinkhorn_scratch_" + type).c_str(), &cuda::sinkhorn_scratch<T>, py::arg("transport"), py::kw_only(),
+        py::arg("gradient"), py::arg("device"));
 }
 
 template <class T>
@@ -287,6 +328,8 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&rows), py::kw_only(), py::arg("first"), py::arg("second"), py::arg("split"), py::arg("rows"));
   bind_fused<float>(m, "f32");
   bind_fused<double>(m, "f64");
+  bind_cuda_sinkhorn<float>(m, "f32");
+  bind_cuda_sinkhorn<double>(m, "f64");
   m.def("fused_scratch", &cuda::fused_scratch, py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"),
         py::arg("self_contrast"));
 #else

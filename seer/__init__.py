@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from seer.calibration import Calibration
     from seer.config import SeerConfig
     from seer.data import ConceptDataset, Text, TextDataset
-    from seer.errors import InputError
+    from seer.errors import InputError, RunStopped
     from seer.explainer import ConceptExplainer
     from seer.prototypes import Prototypes
     from seer.run import Run
-    from seer.train import TrainingResult, run_training
+    from seer.train import TrainingResult, check_run, run_training
     from seer.trainer import SeerTrainer
 
 _HOME = {
@@ -27,11 +27,13 @@ _HOME = {
     "InputError": "seer.errors",
     "Prototypes": "seer.prototypes",
     "Run": "seer.run",
+    "RunStopped": "seer.errors",
     "SeerConfig": "seer.config",
     "SeerTrainer": "seer.trainer",
     "Text": "seer.data",
     "TextDataset": "seer.data",
     "TrainingResult": "seer.train",
+    "check_run": "seer.train",
     "run_training": "seer.train",
 }
 
@@ -42,11 +44,13 @@ __all__ = [
     "InputError",
     "Prototypes",
     "Run",
+    "RunStopped",
     "SeerConfig",
     "SeerTrainer",
     "Text",
     "TextDataset",
     "TrainingResult",
+    "check_run",
     "run_training",
 ]
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +24,10 @@ Fine-tune a language model with LoRA so that its hidden states gather by concept
 Writes the adapter, the concept prototypes, the options and a table of held-out figures to --output_dir.
 
   seer train --model meta-llama/Llama-3.1-8B-Instruct --data concepts.csv --output_dir out
+  seer train --preset reference --model ... --data ...        the recipe of the paper
   seer train out/config.yaml --seed 1 --output_dir out-1      options of a run, and what to change
   seer train out/config.yaml --resume_from_checkpoint true    go on after a kill
+  seer train out/config.yaml --max_steps 0                    check data, layers and memory; write nothing
 
 The data has one text per row: a request (prompt), its response, and the concept it belongs to. Training draws pairs of
 one concept and pulls their last hidden states together at the target layers (L_d), with two terms that hold the model
@@ -39,25 +42,45 @@ _SECTIONS = {
         "concepts",
         "held_out_share",
         "max_length",
+        "truncation",
+        "preset",
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
     ),
+    "batches": (
+        "per_device_train_batch_size",
+        "concepts_per_batch",
+        "balance",
+        "view_dropout",
+        "train_sampling_strategy",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+    ),
     "loss: disentangle_weight L_d + retain_weight L_r + kl_weight L_kl": (
         "target_layers",
         "layers_path",
-        "disentangle_weight",
+        "positions",
+        "disentangle_loss",
         "temperature",
         "same_label",
-        "retain_weight",
+        "negatives",
+        "memory_bank_size",
+        "disentangle_weight",
+        "disentangle_weight_end",
+        "retain_loss",
+        "retain_layers",
         "retain_normalization",
+        "retain_weight",
+        "retain_weight_end",
+        "kl_form",
         "kl_weight",
+        "kl_weight_end",
+        "cache_reference",
+        "grad_cache_chunk",
     ),
-    "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
+    "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
         "num_train_epochs",
         "max_steps",
         "learning_rate",
@@ -76,6 +99,23 @@ _SECTIONS = {
         "report_to",
     ),
 }
+
+
+_FROM_THE_PAPER = frozenset(
+    {"max_length", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "weight_decay"}
+    | {"disentangle_weight", "retain_weight", "kl_weight", "temperature", "retain_normalization"}
+    | {"lora_r", "lora_alpha", "lora_dropout"}
+)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(value, list):
+        return " ".join(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+_DEFAULTS = {field.name: _default(field) for field in dataclasses.fields(SeerConfig)}
 
 
 class _Parser(HfArgumentParser):
@@ -99,11 +139,17 @@ class _Parser(HfArgumentParser):
         return formatter.format_help()
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults there are, keeps the description's lines, and one spelling of every flag."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults and whose they are, keeps the description's lines, and one spelling of every flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = _DEFAULTS.get(action.dest)
+        if default in (None, ""):
+            return action.help
+        owner = "seer's" if action.dest in SeerConfig.__annotations__ else "transformers'"
+        if action.dest in _FROM_THE_PAPER:
+            owner = "the paper's"
+        return f"{action.help} (default: {default}, {owner})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = action.option_strings[0]
@@ -132,18 +178,18 @@ def parse_training_arguments(argv: Sequence[str]) -> SeerConfig:
     arguments = list(argv)
     if arguments and not arguments[0].startswith("-"):
         arguments = [*_read_config(arguments[0], names), *arguments[1:]]
+    # What is left out stays out, so that the config can tell what was given: a preset fills in the rest.
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise InputError(f"expected options, got {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
     try:
-        config, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
+        return SeerConfig(**vars(given))
     except InputError:
         raise
     except ValueError as error:  # what transformers says about a combination of its own options
         raise InputError(str(error)) from error
-    if unknown:
-        raise InputError(f"expected options, got {unknown[0]!r}{_suggestion(unknown[0].lstrip('-'), names, '--')}")
-    assert isinstance(config, SeerConfig)
-    return config
 
 
 def _read_config(file: str, names: list[str]) -> list[str]:

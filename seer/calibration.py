@@ -18,18 +18,20 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
 from seer.command_line import save_json
+from seer.data import Tokens
 from seer.errors import InputError
-from seer.layers import LayerStack, without_dropout
+from seer.layers import LayerStack, forward_states, representations, without_dropout
 from seer.prototypes import Prototypes
-from seer.reading import LayerReader, pad
+from seer.sampling import pad_rows
 
 CALIBRATION = "calibration.json"
 UNKNOWN = "unknown"
 """The answer where no concept is near."""
 Scope = Literal["token", "text"]
-"""What is scored: a token's state, or a whole text by the state of its last token, where prototypes are made."""
+"""What is scored: a token's state, or a whole text by the state that stands for it, as in the prototypes."""
 
 _BINS = 10
 _FOLDS = 5
@@ -72,8 +74,8 @@ class Calibration:
     """Fits per layer, for one set of prototypes."""
 
     concepts: list[str]
-    adapter: str | None
-    """Fingerprint of the adapter, as in the prototypes."""
+    weights: str | None
+    """Fingerprint of the model's weights, as in the prototypes."""
     temperature_before: float
     """The temperature of training."""
     layers: dict[int, dict[Scope, Fit]]
@@ -107,7 +109,7 @@ class Calibration:
             prototypes: those that are going to be used.
             source: where the calibration is from, for the message.
         """
-        if (self.concepts, self.adapter) != (prototypes.concepts, prototypes.adapter) or not (
+        if (self.concepts, self.weights) != (prototypes.concepts, prototypes.weights) or not (
             set(self.layers) <= set(prototypes.layers)
         ):
             raise InputError(
@@ -118,12 +120,14 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
+    model: nn.Module,
     stack: LayerStack,
-    rows: Sequence[list[int]],
+    rows: Sequence[Tokens],
     concept_ids: np.ndarray,
     prototypes: Prototypes,
     *,
     temperature: float,
+    position: str,
     pad_token_id: int,
     batch_size: int,
 ) -> Calibration:
@@ -132,11 +136,13 @@ def calibrate(
     A token counts as right if the answer is the concept of the text that it stands in.
 
     Args:
-        stack: the layers of the model.
-        rows: token ids of N held-out texts, of which the prototypes know nothing.
+        model: the model of `stack` in whatever wrapping.
+        stack: its layers.
+        rows: N held-out texts, of which the prototypes know nothing.
         concept_ids: (N,) index into the prototypes' concepts.
         prototypes: what to calibrate.
         temperature: of training, for the figures "before".
+        position: where the state is that stands for a text, see `seer.layers.representations`.
         pad_token_id: fills up shorter rows.
         batch_size: texts per pass.
 
@@ -149,27 +155,30 @@ def calibrate(
             f"{len(prototypes.concepts)}"
         )
     device = next(stack.root.parameters()).device
-    cosines: dict[int, list[np.ndarray]] = {layer: [] for layer in prototypes.layers}  # per text [T, C]
-    with LayerReader(stack, [*prototypes.layers]) as reader, without_dropout(stack.root):
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            stack.root.base_model(**pad(chosen, pad_token_id, device))
-            for layer, states in reader.states.items():
-                similarity = prototypes.similarity(layer, states).cpu().numpy()
-                cosines[layer] += [part[: len(row)] for part, row in zip(similarity, chosen, strict=True)]
+    tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in prototypes.layers}  # per text [T, C]
+    wholes: dict[int, list[np.ndarray]] = {layer: [] for layer in prototypes.layers}  # per batch [R, C]
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        inputs = {name: values.to(device) for name, values in pad_rows(chosen, pad_token_id).items()}
+        request_lengths = inputs.pop("request_lengths")
+        with without_dropout(model):
+            outputs = forward_states(model, inputs, stack).layers
+        for layer in prototypes.layers:
+            similarity = prototypes.similarity(layer, outputs[layer]).cpu().numpy()
+            tokens[layer] += [part[: len(row.ids)] for part, row in zip(similarity, chosen, strict=True)]
+            whole = representations([outputs[layer]], inputs["attention_mask"], request_lengths, [position])[0, 0]
+            wholes[layer].append(prototypes.similarity(layer, whole).cpu().numpy())
 
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([len(row.ids) for row in rows])
     texts = np.arange(len(rows))
     fits: dict[int, dict[Scope, Fit]] = {}
-    for layer, parts in cosines.items():
-        ends = np.stack([part[-1] for part in parts])
+    for layer, parts in tokens.items():
+        of_tokens = np.repeat(concept_ids, lengths), np.repeat(texts, lengths)
         fits[layer] = {
-            "text": fit(ends, concept_ids, texts, temperature),
-            "token": fit(
-                np.concatenate(parts), np.repeat(concept_ids, lengths), np.repeat(texts, lengths), temperature
-            ),
+            "text": fit(np.concatenate(wholes[layer]), concept_ids, texts, temperature),
+            "token": fit(np.concatenate(parts), *of_tokens, temperature),
         }
-    return Calibration(list(prototypes.concepts), prototypes.adapter, temperature, fits)
+    return Calibration(list(prototypes.concepts), prototypes.weights, temperature, fits)
 
 
 def fit(cosines: np.ndarray, labels: np.ndarray, groups: np.ndarray, temperature_before: float) -> Fit:

@@ -21,20 +21,23 @@ _COMMANDS = ("train", "demo", "explain", "faithfulness", "evaluate", "prototypes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 for bad input."""
+    """Run the command line and return the exit code: 0, 2 for bad input, or that of a run that was stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command, rest = arguments[0], arguments[1:]
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
 
-    from seer.errors import InputError
+    from seer.errors import InputError, RunStopped
 
     try:
         _run(command, rest)
     except InputError as error:
         print(f"seer: error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stop:
+        print(f"seer: stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 
@@ -43,9 +46,13 @@ def _run(command: str, arguments: list[str]) -> None:
 
     if command == "train":
         from seer.arguments import parse_training_arguments
-        from seer.train import run_training
+        from seer.train import check_run, run_training
 
-        run_training(parse_training_arguments(arguments))
+        config = parse_training_arguments(arguments)
+        if config.max_steps == 0:
+            check_run(config)
+        else:
+            run_training(config)
     elif command == "demo":
         from seer.demo import run_demo
 

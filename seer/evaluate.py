@@ -72,22 +72,18 @@ def evaluate_run(
 
     training, held_out = run.samples_with_held_out(data)
     chosen = run.stack.resolve(range(len(run.stack.layers)) if layers is None else layers)
-    states = {
-        (part, base): run.representations(samples.texts, chosen, base=base)
-        for part, samples in (("training", training), ("held_out", held_out))
-        for base in (True, False)
-    }
+    training_states, states = run.encode(training.texts, chosen), run.encode(held_out.texts, chosen)
     weights = bootstrap_weights(held_out.concept_ids, resamples, seed)
     by_layer = {}
     for layer in chosen:
         base, seer = (
             layer_metrics(
-                states["held_out", is_base][layer].numpy(),
-                held_out.concept_ids,
-                states["training", is_base][layer].numpy(),
-                training.concept_ids,
+                of_held_out[layer].numpy(), held_out.concept_ids, of_training[layer].numpy(), training.concept_ids
             )
-            for is_base in (True, False)
+            for of_held_out, of_training in (
+                (states.before, training_states.before),
+                (states.after, training_states.after),
+            )
         )
         by_layer[layer] = {name: compare(base[name], seer[name], weights) for name in base}
 
@@ -133,30 +129,33 @@ def retention_sums(run: Run, texts: Sequence[Text], batch_size: int = 4) -> dict
     import torch
     from torch.nn.functional import kl_div
 
+    from seer.data import pad_token_id
     from seer.errors import InputError
     from seer.layers import without_dropout
-    from seer.reading import pad
+    from seer.sampling import pad_rows
 
     device = next(run.stack.root.parameters()).device
-    rows = run.token_ids(texts)
-    if max(len(row) for row in rows) < 2:
+    rows = run.tokens(texts)
+    if max(len(row.ids) for row in rows) < 2:
         raise InputError("retain texts: expected one of at least two tokens, got none")
+    padding = pad_token_id(run.tokenizer)
     found = []
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        inputs = pad(chosen, run.pad_token_id, device)
+        inputs = {name: values.to(device) for name, values in pad_rows(chosen, padding).items()}
+        del inputs["request_lengths"]
         with torch.no_grad(), without_dropout(run.model):
             adapted = run.stack.root(**inputs).logits
-            with run.base_model():
-                reference = run.stack.root(**inputs).logits
+            with run.base_layers() as base:
+                reference = base.root(**inputs).logits
         for index, row in enumerate(chosen):  # one at a time: float32 copies are large
             before, after = (
-                logits[index, : len(row) - 1].float().log_softmax(-1) for logits in (reference, adapted)
+                logits[index, : len(row.ids) - 1].float().log_softmax(-1) for logits in (reference, adapted)
             )  # [T - 1, V]
-            labels = inputs["input_ids"][index, 1 : len(row)].unsqueeze(1)
+            labels = inputs["input_ids"][index, 1 : len(row.ids)].unsqueeze(1)
             sums = [-before.gather(1, labels).sum(), -after.gather(1, labels).sum()]
             sums.append(kl_div(after, before, reduction="sum", log_target=True))
-            found.append([len(row) - 1, *(float(value) for value in sums)])
+            found.append([len(row.ids) - 1, *(float(value) for value in sums)])
     return dict(zip(("tokens", "nll_base", "nll_seer", "kl"), np.array(found).T, strict=True))
 
 

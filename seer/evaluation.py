@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from seer.data import pad_rows
-from seer.layers import LayerStack, base_model_of, forward_states, last_token, without_dropout
+from seer.data import Tokens
+from seer.layers import BaseModel, Head, forward_states, representations, without_dropout
 from seer.losses import kl_to_base
 from seer.prototypes import Prototypes
+from seer.sampling import pad_rows
 
 
 @dataclass(frozen=True)
@@ -42,45 +42,48 @@ class Separation:
 
 @torch.no_grad()
 def encode(
-    model: PeftModel,
-    rows: Sequence[list[int]],
+    model: nn.Module,
+    rows: Sequence[Tokens],
     *,
-    stack: LayerStack,
+    base: BaseModel,
     layers: Sequence[int],
+    position: str,
     pad_token_id: int,
     batch_size: int,
     with_kl: bool = False,
 ) -> Encoding:
-    """Representations at the last token of every text, before and after, without dropout.
+    """Representations of every text, before and after, without dropout.
 
     Args:
-        model: the adapted model; its disabled adapter gives the base model.
-        rows: token ids of N texts.
-        stack: the layers of `model`.
-        layers: which of them to read.
+        model: the adapted model.
+        rows: tokens of N texts.
+        base: the model as it was.
+        layers: which layers to read.
+        position: where to read them, see `representations`.
         pad_token_id: fills up shorter rows.
         batch_size: texts per forward pass.
         with_kl: also compare the next-token distributions; needs a language-model head.
     """
     device = next(model.parameters()).device
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
     before: list[Tensor] = []
     after: list[Tensor] = []
     divergence, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = pad_rows([rows[index] for index in longest_first[start : start + batch_size]], pad_token_id)
         inputs = {name: values.to(device) for name, values in batch.items()}
-        mask = inputs["attention_mask"]
-        logits_at = mask.bool() if with_kl else None
-        with base_model_of(model):
-            reference = forward_states(model, inputs, stack, logits_at)
+        request_lengths, mask = inputs.pop("request_lengths"), inputs["attention_mask"]
+        head_at = mask.bool() if with_kl else None
+        reference = base.forward_states(model, inputs, head_at)
         with without_dropout(model):
-            adapted = forward_states(model, inputs, stack, logits_at)
+            adapted = forward_states(model, inputs, base.stack, head_at)
         for states, collected in ((reference, before), (adapted, after)):
-            collected.append(torch.stack([last_token(states.layers[layer], mask) for layer in layers]).float().cpu())
-        if adapted.logits is not None and reference.logits is not None:
-            divergence += float(kl_to_base(adapted.logits, reference.logits)) * len(adapted.logits)
-            tokens += len(adapted.logits)
+            chosen = [states.layers[layer] for layer in layers]
+            collected.append(representations(chosen, mask, request_lengths, [position])[0].float().cpu())
+        if adapted.head_inputs is not None and reference.head_inputs is not None:
+            heads = Head(base.stack), base.head
+            divergence += float(kl_to_base(heads[0], adapted.head_inputs, heads[1], reference.head_inputs).sum())
+            tokens += len(adapted.head_inputs)
 
     in_order = torch.tensor(longest_first).argsort()
 
@@ -111,6 +114,28 @@ def separation(states: Tensor, concept_ids: Tensor, prototypes: Prototypes, laye
         different_concept_cosine=_mean(all_cosines - same_cosines, samples**2 - same_pairs),
         nearest_prototype_accuracy=float((nearest == concept_ids).double().mean()),
     )
+
+
+def separation_by_concept(
+    states: Tensor, concept_ids: Tensor, prototypes: Prototypes, layer: int
+) -> dict[str, Separation]:
+    """The same for the samples of each concept that occurs: to each other, to all other samples, to the prototypes."""
+    directions = normalize(states.double(), dim=-1)
+    everything = directions.sum(0)
+    nearest = prototypes.similarity(layer, states).argmax(-1)
+    result = {}
+    for concept_id, name in enumerate(prototypes.concepts):
+        members = concept_ids == concept_id
+        count, others = int(members.sum()), int((~members).sum())
+        if count == 0:
+            continue
+        own = directions[members].sum(0)
+        result[name] = Separation(
+            same_concept_cosine=_mean(float(own @ own) - count, count * (count - 1)),
+            different_concept_cosine=_mean(float(own @ (everything - own)), count * others),
+            nearest_prototype_accuracy=float((nearest[members] == concept_id).double().mean()),
+        )
+    return result
 
 
 def _mean(total: float, count: int) -> float | None:

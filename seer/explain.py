@@ -177,13 +177,14 @@ def run_prototypes(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from seer.calibration import CALIBRATION, calibrate
+    from seer.data import pad_token_id
     from seer.render import calibration_table
-    from seer.run import PROTOTYPES, Run
+    from seer.run import PROTOTYPES, Run, make_prototypes
 
     run = Run.load(arguments.run)
     layers = run.stack.resolve(run.config.target_layers if arguments.layers is None else arguments.layers)
     training, held_out = run.samples(arguments.data)
-    prototypes = run.make_prototypes(training, layers)
+    prototypes = make_prototypes(run.encode(training.texts, layers).after, training, run.weights)
     (run.folder / CALIBRATION).unlink(missing_ok=True)  # of the former prototypes
     prototypes.save(run.folder / PROTOTYPES)
     console = Console(highlight=False)
@@ -192,12 +193,14 @@ def run_prototypes(argv: Sequence[str]) -> None:
         console.print("The run held no samples out: there are none to calibrate with.")
         return
     calibration = calibrate(
+        run.model,
         run.stack,
-        run.token_ids(held_out.texts),
+        run.tokens(held_out.texts),
         held_out.concept_ids,
         prototypes,
         temperature=run.config.temperature,
-        pad_token_id=run.pad_token_id,
+        position=run.position,
+        pad_token_id=pad_token_id(run.tokenizer),
         batch_size=run.config.per_device_eval_batch_size,
     )
     calibration.save(run.folder / CALIBRATION)

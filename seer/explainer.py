@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 
 from seer.calibration import CALIBRATION, UNKNOWN, Calibration, Scope
-from seer.data import Text, TextDataset, tokenize
+from seer.data import Text, TextDataset, pad_token_id, tokenize
 from seer.errors import InputError
-from seer.layers import find_layers, lm_head, without_dropout
+from seer.layers import find_layers, has_positions, lm_head, representations, without_dropout
 from seer.prototypes import Prototypes
-from seer.reading import LayerReader, pad
+from seer.reading import LayerReader, pad_left
 from seer.run import Run, check_prototypes
+from seer.sampling import pad_rows
 
 Action = Literal["flag", "stop"]
 
@@ -76,7 +77,8 @@ class Explanation:
     prompt: str | None = None
     """For a generation, what it answers. Its tokens are not among the T."""
     text: dict[int, LayerScores] | None = None
-    """For a given text, the whole text's scores at every layer (T = 1)."""
+    """For a given text, the whole text's scores at every layer (T = 1); None if it lacks the part, such as a response,
+    that stands for it."""
     flags: list[Flag] = field(default_factory=list)
     """What monitors said during the generation; positions count the generated tokens."""
     overhead: float = 0.0
@@ -110,6 +112,8 @@ class ConceptExplainer:
         calibration: fitted for these prototypes; without it scores have `temperature` and no answer is "unknown".
         temperature: of layers that have no calibration.
         layers: which of the prototypes' layers to read; default all.
+        position: where the state is that stands for a text, as in the prototypes: "last", "last_request" or
+            "response_mean".
         layers_path: where the layers of the model are, if its structure does not say.
         max_length: longest text in tokens; the rest is cut off. Default: the window of tokenizer and model.
         batch_size: texts per pass in `explain`.
@@ -127,6 +131,7 @@ class ConceptExplainer:
         calibration: Calibration | None = None,
         temperature: float = 0.1,
         layers: Sequence[int] | None = None,
+        position: str = "last",
         layers_path: str | None = None,
         max_length: int | None = None,
         batch_size: int = 8,
@@ -144,6 +149,9 @@ class ConceptExplainer:
         self.prototypes = replace(prototypes, layers={n: prototypes.layers[n].to(device) for n in self.layers})
         self.calibration = calibration
         self.temperature = temperature
+        self.position = position
+        self.pad_token_id = pad_token_id(tokenizer)
+        """Fills up short rows."""
         self._window = getattr(self.stack.root.config.get_text_config(), "max_position_embeddings", None)
         limits = (max_length, tokenizer.model_max_length, self._window)
         self._max_length = min(limit for limit in limits if limit is not None)
@@ -181,6 +189,7 @@ class ConceptExplainer:
             calibration=calibration,
             temperature=run.config.temperature,
             layers=layers,
+            position=run.position,
             layers_path=run.config.layers_path,
             max_length=run.config.max_length,
         )
@@ -211,22 +220,29 @@ class ConceptExplainer:
         explanations: list[Explanation] = []
         for start in range(0, len(rows), self._batch_size):
             chosen = rows[start : start + self._batch_size]
-            pieces = [split_text(self.tokenizer, row) for row in chosen]
-            inputs = pad(chosen, self.pad_token_id, device)
+            pieces = [split_text(self.tokenizer, row.ids) for row in chosen]
+            inputs = {name: values.to(device) for name, values in pad_rows(chosen, self.pad_token_id).items()}
+            where = inputs["attention_mask"], inputs.pop("request_lengths"), [self.position]
             started = perf_counter()
             with self._reading() as newest, without_dropout(self.model):
                 self.stack.root.base_model(**inputs)
                 passed = perf_counter()
                 cosines = {layer: newest.cosines(layer, whole=True).cpu() for layer in self.layers}  # [R, T, C]
+                wholes = {
+                    layer: self.prototypes.similarity(layer, representations([states], *where)[0, 0]).cpu()
+                    for layer, states in newest.states.items()
+                }  # [R, C]
+                stands = has_positions(*where)[0].tolist()
             batch = []
             for index, row in enumerate(chosen):
-                parts = {layer: values[index, : len(row)] for layer, values in cosines.items()}
+                parts = {layer: values[index, : len(row.ids)] for layer, values in cosines.items()}
+                whole = {layer: self._score(layer, values[index][None], "text") for layer, values in wholes.items()}
                 batch.append(
                     Explanation(
-                        row,
+                        row.ids,
                         pieces[index],
                         {layer: self._score(layer, part, "token") for layer, part in parts.items()},
-                        text={layer: self._score(layer, part[-1:], "text") for layer, part in parts.items()},
+                        text=whole if stands[index] else None,
                     )
                 )
             overhead = (perf_counter() - passed) / (passed - started)
@@ -267,7 +283,7 @@ class ConceptExplainer:
             if value not in (plain, None):
                 raise InputError(f"{name}: expected generation of one token per pass and row, got {value!r}")
         rows = [self._prompt_ids(prompt, max_new_tokens) for prompt in _some(prompts)]
-        inputs = pad(rows, self.pad_token_id, next(self.stack.root.parameters()).device, side="left")
+        inputs = pad_left(rows, self.pad_token_id, next(self.stack.root.parameters()).device)
         criteria = list(stopping_criteria)
         if options.get("stop_strings") is not None:
             criteria.append(StopStringCriteria(self.tokenizer, options.pop("stop_strings")))
@@ -361,14 +377,6 @@ class ConceptExplainer:
             InputError: a concept or layer that the explainer does not know, or a level out of its range.
         """
         return ConceptMonitor(self, concept, level, action, self.layers[-1] if layer is None else layer)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's padding token, or else its end token, or else 0: padding is masked."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
         if not prompt.strip():
@@ -470,6 +478,11 @@ class _Pass:
         self._reader = reader
         self._prototypes = prototypes
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def states(self) -> dict[int, Tensor]:
+        """Layer -> [R, T, D]."""
+        return self._reader.states
 
     def cosines(self, layer: int, *, whole: bool = False) -> Tensor:
         """To every prototype, at the last token, [R, C], or at all, [R, T, C]."""

@@ -50,29 +50,35 @@ def faithfulness_of_run(
     import numpy as np
 
     from seer.calibration import fit_temperature
+    from seer.data import pad_token_id
     from seer.interventions import measure_faithfulness
+    from seer.run import make_prototypes
 
     training, held_out = run.samples_with_held_out(data)
     picked = np.unique(np.linspace(0, len(held_out) - 1, min(texts, len(held_out))).round().astype(int))
-    rows = run.token_ids([held_out.texts[index] for index in picked])
+    rows = run.tokens([held_out.texts[index] for index in picked])
     layers = range(layer, len(run.stack.layers))
+    training_states, held_out_states = run.encode(training.texts, layers), run.encode(held_out.texts, layers)
     results = {}
-    for name in ("base", "seer"):
-        prototypes = run.make_prototypes(training, layers, base=name == "base")
-        states = run.representations(held_out.texts, layers, base=name == "base")
+    for name, of_training, of_held_out in (
+        ("base", training_states.before, held_out_states.before),
+        ("seer", training_states.after, held_out_states.after),
+    ):
+        prototypes = make_prototypes(of_training, training)
         # The same meaning for the scores of both models, however close their cosines are.
         temperatures = {
-            index: fit_temperature(prototypes.similarity(index, states[index]).numpy(), held_out.concept_ids)
+            index: fit_temperature(prototypes.similarity(index, of_held_out[index]).numpy(), held_out.concept_ids)
             for index in layers
         }
-        with run.base_model() if name == "base" else nullcontext():
+        with run.base_layers() if name == "base" else nullcontext(run.stack) as stack:
             results[name] = measure_faithfulness(
-                run.stack,
+                stack,
                 rows,
                 prototypes,
                 layer,
                 temperatures=temperatures,
-                pad_token_id=run.pad_token_id,
+                pad_token_id=pad_token_id(run.tokenizer),
+                position=run.position,
                 controls=controls,
                 seed=seed,
             )

@@ -25,10 +25,12 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
+from seer.data import Tokens
 from seer.errors import InputError
-from seer.layers import LayerStack, lm_head, without_dropout
+from seer.layers import LayerStack, lm_head, representations, without_dropout
 from seer.prototypes import Prototypes
-from seer.reading import LayerReader, pad
+from seer.reading import LayerReader
+from seer.sampling import pad_rows
 
 Change = Callable[[Tensor], Tensor]
 """States [R, T, D] -> what they become, the same shape."""
@@ -134,28 +136,30 @@ class Faithfulness:
 @torch.no_grad()
 def measure_faithfulness(
     stack: LayerStack,
-    rows: Sequence[list[int]],
+    rows: Sequence[Tokens],
     prototypes: Prototypes,
     layer: int,
     *,
     temperatures: dict[int, float],
     pad_token_id: int,
+    position: str = "last",
     batch_size: int = 4,
     controls: int = 3,
     seed: int = 0,
 ) -> Faithfulness:
     """Intervene at every token of every text, at one layer, and compare with random directions.
 
-    The explained concept of a text is that of the nearest prototype at its last token; the other one, into which it is
-    swapped, is drawn.
+    The explained concept of a text is that of the prototype nearest to the state that stands for it; the other one,
+    into which it is swapped, is drawn.
 
     Args:
         stack: the layers of a language model; its adapter counts if it is enabled.
-        rows: token ids of N >= 2 texts.
+        rows: N >= 2 texts.
         prototypes: of this model, at `layer` and the later layers to be looked at.
         layer: where to intervene.
         temperatures: of the scores, for each of the later layers.
         pad_token_id: fills up shorter rows.
+        position: where the state is that stands for a text, see `seer.layers.representations`.
         batch_size: texts per pass.
         controls: random directions per text and intervention.
         seed: of the random directions and concepts.
@@ -181,11 +185,11 @@ def measure_faithfulness(
     with without_dropout(stack.root):
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
-            inputs = pad(chosen, pad_token_id, device)
-            mask = inputs["attention_mask"].bool()
+            inputs = {name: values.to(device) for name, values in pad_rows(chosen, pad_token_id).items()}
+            request_lengths, mask = inputs.pop("request_lengths"), inputs["attention_mask"].bool()
             logits, states = _run(stack, inputs, layer, [layer, *later], None)
-            ends = states[layer][range(len(chosen)), [len(row) - 1 for row in chosen]]
-            explained = prototypes.similarity(layer, ends).argmax(-1)  # (R,)
+            whole = representations([states[layer]], mask, request_lengths, [position])[0, 0]  # [R, D]
+            explained = prototypes.similarity(layer, whole).argmax(-1)  # (R,)
             step = torch.randint(1, len(anchors), explained.shape, generator=generator).to(device)
             other = (explained + step) % len(anchors)
             own, others = anchors[explained].unsqueeze(1), anchors[other].unsqueeze(1)  # [R, 1, D]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from seer.errors import InputError
 
@@ -27,8 +30,12 @@ class LayerStack:
     """Dotted path from `root` to the list of layers."""
     layers: list[nn.Module]
 
-    def resolve(self, indices: Sequence[int] | None) -> list[int]:
+    def resolve(self, indices: Sequence[int] | None, option: str = "target_layers") -> list[int]:
         """Turn layer indices, negative ones counting from the end, into a sorted list; None means the default layer.
+
+        Args:
+            indices: what `option` says.
+            option: named in the error.
 
         Raises:
             InputError: an index out of range.
@@ -39,7 +46,7 @@ class LayerStack:
         for index in indices:
             if not -depth <= index < depth:
                 raise InputError(
-                    f"--target_layers: expected layers from {-depth} to {depth - 1} ({self.path} has {depth} layers), "
+                    f"--{option}: expected layers from {-depth} to {depth - 1} ({self.path} has {depth} layers), "
                     f"got {index}"
                 )
         return sorted({index % depth for index in indices})
@@ -107,16 +114,74 @@ class HiddenStates:
     """[R, T, D] input of the first layer."""
     layers: list[Tensor] = field(default_factory=list)
     """Output of every layer, each [R, T, D]."""
-    logits: Tensor | None = None
-    """[K, V] at the K chosen tokens, in row order; None where none were asked for."""
+    head_inputs: Tensor | None = None
+    """[K, D], what the head reads at the K chosen tokens, in row order; None where none were asked for."""
 
     def all(self) -> list[Tensor]:
         """Embeddings and every layer."""
         return [self.embeddings, *self.layers]
 
 
+def compile_layers(stack: LayerStack, **options: Any) -> None:
+    """Let torch compile what happens inside of each layer: hidden states are read between them, by hooks.
+
+    Args:
+        stack: the layers.
+        options: of `torch.compile`.
+    """
+    for layer in stack.layers:
+        # Texts have all lengths: a graph for any saves one for the first.
+        layer.forward = torch.compile(layer.forward, dynamic=True, **options)
+
+
+class Head:
+    """The part of a model behind its last layer norm: states [K, D] to next-token logits [K, V].
+
+    It runs the model's own forward with its body left out, so that whatever else the model does to its logits
+    (scaling, capping) is done here too.
+
+    Args:
+        stack: of a model with a language-model head.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        self.root = stack.root
+
+    def __call__(self, states: Tensor) -> Tensor:
+        body = self.root.base_model
+        original = vars(body).get("forward")
+        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
+        try:
+            logits: Tensor = self.root.forward().logits.squeeze(0)  # a call would run hooks
+        finally:
+            del body.forward
+            if original is not None:
+                body.forward = original
+        return logits
+
+    @torch.no_grad()
+    def check(self, stack: LayerStack) -> None:
+        """Raise InputError unless this gives the logits that the model gives; costs a pass of one token."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=next(self.root.parameters()).device)
+        inputs = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        with without_dropout(self.root):
+            expected = self.root(**inputs).logits[0]
+            states = forward_states(self.root, inputs, stack, head_at=inputs["attention_mask"].bool()).head_inputs
+            problem = "its head reads no hidden states"
+            try:
+                if states is not None and torch.allclose(self(states), expected, rtol=1e-2, atol=1e-2):
+                    return
+                problem = "they differ"
+            except Exception as error:  # a model that does not keep its body in `base_model` may fail anywhere
+                problem = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"--kl_weight: expected 0 for {type(self.root).__name__}, whose logits cannot be computed from its last "
+            f"hidden states alone ({problem})"
+        )
+
+
 def forward_states(
-    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, logits_at: Tensor | None = None
+    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, head_at: Tensor | None = None
 ) -> HiddenStates:
     """Run `model` once and return its hidden states.
 
@@ -124,12 +189,12 @@ def forward_states(
         model: the model of `stack` in whatever wrapping (peft, DistributedDataParallel).
         inputs: keyword arguments of the model: `input_ids` and `attention_mask` (R, T), and what else it takes.
         stack: its layers.
-        logits_at: (R, T) bool, the tokens whose logits are wanted. Only these go through the head: at 128k tokens of
-            vocabulary it is a good part of the pass, and padding and second views have no use for it.
+        head_at: (R, T) bool, the tokens at which the input of the head is wanted. The head itself does not run: at
+            128k tokens of vocabulary its output is larger than all states together.
     """
     captured: dict[int, Tensor] = {}
     embeddings: list[Tensor] = []
-    logits: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     rows = inputs["attention_mask"].shape
 
     def on_first_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,13 +207,12 @@ def forward_states(
         return hook
 
     def on_head_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        chosen = inputs["attention_mask"].new_zeros(rows).bool() if logits_at is None else logits_at
-        return (args[0][chosen], *args[1:])
+        if head_at is not None:
+            head_inputs.append(args[0][head_at])
+        return (args[0][:0], *args[1:])
 
-    def on_output(_: nn.Module, __: Any, output: Any) -> Tensor:
-        logits.extend([] if logits_at is None else [output.logits])
-        # Mixed precision turns what a model returns into float32: the logits must not get there. The deepest hidden
-        # state still shows wrappers the whole graph of the trained parameters.
+    def on_output(*_: Any) -> Tensor:
+        # Wrappers find the graph of the trained parameters in what a model returns.
         return captured[len(stack.layers) - 1]
 
     with ExitStack() as hooks:
@@ -168,22 +232,53 @@ def forward_states(
                 f"layer {index} of {stack.path} gave states of shape {tuple(states.shape)}; expected (rows, tokens, "
                 f"features) with rows and tokens {tuple(rows)}"
             )
-    return HiddenStates(embeddings[0], layers, logits[0] if logits else None)
+    return HiddenStates(embeddings[0], layers, head_inputs[0] if head_inputs else None)
 
 
-def last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The state at the last real token of every row, wherever the padding is.
+def representations(
+    states: Sequence[Tensor], attention_mask: Tensor, request_lengths: Tensor, positions: Sequence[str]
+) -> Tensor:
+    """What stands for every text: its states at some positions and layers.
 
     Args:
-        states: [R, T, D].
-        attention_mask: (R, T), nonzero at real tokens; every row has one.
+        states: output of L layers, each [R, T, D].
+        attention_mask: (R, T), nonzero at real tokens, wherever the padding is; every row has one.
+        request_lengths: (R,), how many of the real tokens come before the response.
+        positions: P of "last" (the last token), "last_request" (the last before the response) and "response_mean" (the
+            mean over the response, and what the chat template puts behind it).
 
     Returns:
-        [R, D].
+        [P, L, R, D]; finite but of no meaning where a row lacks the position, see `has_positions`.
+
+    Raises:
+        InputError: the layers have different sizes.
     """
-    length = attention_mask.shape[1]
-    from_the_end = attention_mask.flip(1).bool().int().argmax(dim=1)  # (R,): argmax gives the first of the ones
-    return states[range(len(states)), length - 1 - from_the_end]  # [R, D]
+    sizes = {part.shape[-1] for part in states}
+    if len(sizes) > 1:
+        raise InputError(f"--target_layers: expected layers of one hidden size, got sizes {sorted(sizes)}")
+    mask = attention_mask.bool()
+    rank = mask.cumsum(1) - 1  # [R, T]: the number of a real token in its row
+    rows = torch.arange(len(mask), device=mask.device)
+    found = []
+    for position in positions:
+        if position == "response_mean":
+            chosen = (mask & (rank >= request_lengths.unsqueeze(1))).unsqueeze(2)
+            count = chosen.sum(1).clamp(min=1)
+            dtype = torch.promote_types(states[0].dtype, torch.float32)
+            means = [part.masked_fill(~chosen, 0.0).sum(1, dtype=dtype) / count for part in states]
+            found.append(torch.stack(means).to(states[0].dtype))
+        else:
+            last = mask.sum(1) if position == "last" else request_lengths
+            index = (mask & (rank == last.unsqueeze(1) - 1)).int().argmax(1)  # (R,)
+            found.append(torch.stack([part[rows, index] for part in states]))
+    return torch.stack(found)
+
+
+def has_positions(attention_mask: Tensor, request_lengths: Tensor, positions: Sequence[str]) -> Tensor:
+    """Which rows have which positions: [P, R] bool. Arguments as in `representations`."""
+    lengths = attention_mask.bool().sum(1)
+    has = {"last": lengths > 0, "last_request": request_lengths > 0, "response_mean": request_lengths < lengths}
+    return torch.stack([has[position] for position in positions])
 
 
 @contextmanager
@@ -198,8 +293,40 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-@contextmanager
-def base_model_of(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the base model: adapter disabled and no dropout."""
-    with without_dropout(model), model.disable_adapter():
-        yield
+@dataclass(frozen=True)
+class BaseModel:
+    """The model as it was before training: with its adapter disabled, or, where there is none, a frozen copy."""
+
+    stack: LayerStack
+    """The layers of the model in training."""
+    copy: LayerStack | None = None
+    """Those of the copy; None for a model with an adapter."""
+
+    @property
+    def head(self) -> Head:
+        """The base model's; like `forward_states` for use without gradients."""
+        return Head(self.copy or self.stack)
+
+    @torch.no_grad()
+    def forward_states(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], head_at: Tensor | None = None
+    ) -> HiddenStates:
+        """`forward_states` of the base model, without dropout.
+
+        Args:
+            model: the model in training, in whatever wrapping.
+            inputs, head_at: as in `forward_states`.
+        """
+        if self.copy is not None:
+            copy = self.copy.root.to(inputs["attention_mask"].device)  # type: ignore[arg-type]
+            return forward_states(copy, inputs, self.copy, head_at)
+        adapter = next(part for part in model.modules() if isinstance(part, PeftModel))
+        with without_dropout(model), adapter.disable_adapter():
+            return forward_states(model, inputs, self.stack, head_at)
+
+
+def freeze_copy(stack: LayerStack) -> LayerStack:
+    """The same layers in a copy of the model that is never trained."""
+    root = deepcopy(stack.root).requires_grad_(False)
+    root.train(False)
+    return LayerStack(root, stack.path, list(root.get_submodule(stack.path).children()))

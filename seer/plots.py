@@ -1,11 +1,12 @@
-"""Pictures of representations before and after training."""
+"""Pictures of representations before and after training, and of how training went."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -101,6 +102,56 @@ def plot_representations(
     )
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=160)
+    return target
+
+
+def plot_learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path | None:
+    """Draw every quantity that a run logged over its steps, one panel each; those of single concepts share one.
+
+    Args:
+        log_history: what `TrainerState.log_history` holds: entries with a `step` and numbers.
+        path: file to write; its ending decides the format. An existing file is replaced.
+
+    Returns:
+        The path, or None where nothing was logged in more than one step.
+    """
+    curves: dict[str, dict[str, dict[int, float]]] = {}  # panel -> curve -> step -> value
+    for entry in log_history:
+        if "train_runtime" in entry:  # the summary at the end
+            continue
+        for name, value in entry.items():
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                panel, _, curve = name.partition("/")
+                title = f"{panel} by concept" if curve else panel
+                curves.setdefault(title, {}).setdefault(curve, {})[entry["step"]] = value
+    panels = {title: each for title, each in curves.items() if any(len(points) > 1 for points in each.values())}
+    if not panels:
+        return None
+
+    target = Path(path)
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(4.2 * across, 2.8 * down), layout="constrained", facecolor="white")
+    places: list[Axes] = list(figure.subplots(down, across, squeeze=False).flat)
+    for place, (title, lines) in zip(places, panels.items(), strict=False):
+        for index, (curve, points) in enumerate(lines.items()):
+            place.plot(
+                list(points),
+                list(points.values()),
+                label=curve or None,
+                color=CONCEPT_COLORS[index % len(CONCEPT_COLORS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=3,
+            )
+        place.set_title(title.replace("_", " "), fontsize=10)
+        place.set_xlabel("step", fontsize=8)
+        place.tick_params(labelsize=8)
+        if "" not in lines and len(lines) <= len(CONCEPT_COLORS):
+            place.legend(fontsize=7, frameon=False)
+    for place in places[len(panels) :]:
+        place.set_axis_off()
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=110)
     return target
 
 

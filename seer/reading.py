@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer.layers import LayerStack, without_dropout
+from seer.layers import LayerStack
 
 
 class LayerReader:
@@ -46,52 +46,18 @@ class LayerReader:
         return keep
 
 
-def pad(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, *, side: str = "right"
-) -> dict[str, Tensor]:
-    """R rows of token ids as one batch: `input_ids` and `attention_mask`, both (R, T) int64.
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """R rows of token ids as one batch that a model can write on: `input_ids` and `attention_mask`, both (R, T) int64.
 
     Args:
         rows: token ids.
-        pad_token_id: fills up shorter rows.
+        pad_token_id: fills up shorter rows, in front.
         device: of the result.
-        side: "right", or "left" where a model writes on.
     """
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_token_id)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@torch.no_grad()
-def read_texts(
-    stack: LayerStack, rows: Sequence[list[int]], layers: Sequence[int], *, pad_token_id: int, batch_size: int
-) -> dict[int, Tensor]:
-    """States at the last token of N texts, without dropout and without the language-model head.
-
-    Args:
-        stack: the layers of the model; its adapter counts if it is enabled.
-        rows: token ids of the texts.
-        layers: which layers to read.
-        pad_token_id: fills up shorter rows.
-        batch_size: texts per pass.
-
-    Returns:
-        Layer -> [N, D] float32 on the CPU.
-    """
-    device = next(stack.root.parameters()).device
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    collected: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    with LayerReader(stack, layers) as reader, without_dropout(stack.root):
-        for start in range(0, len(rows), batch_size):
-            chosen = [rows[index] for index in longest_first[start : start + batch_size]]
-            stack.root.base_model(**pad(chosen, pad_token_id, device))
-            ends = [len(row) - 1 for row in chosen]
-            for layer, states in reader.states.items():
-                collected[layer].append(states[range(len(chosen)), ends].float().cpu())
-    in_order = torch.tensor(longest_first).argsort()
-    return {layer: torch.cat(parts)[in_order] for layer, parts in collected.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -15,11 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seer.config import SeerConfig
-from seer.data import ConceptDataset, Text, tokenize
+from seer.data import ConceptDataset, Text, Tokens, pad_token_id, tokenize
 from seer.errors import InputError
-from seer.layers import LayerStack, base_model_of, find_layers
-from seer.prototypes import ADAPTER, Prototypes, fingerprint
-from seer.reading import read_texts
+from seer.evaluation import Encoding, encode
+from seer.layers import BaseModel, LayerStack, find_layers, without_dropout
+from seer.prototypes import Prototypes, fingerprint
 from seer.train import load_model
 
 PROTOTYPES = "prototypes.safetensors"
@@ -27,16 +28,20 @@ PROTOTYPES = "prototypes.safetensors"
 
 @dataclass(frozen=True)
 class Run:
-    """A base model with the adapter of a run, and the options of the run."""
+    """The model that a run trained, its base model, and the options of the run."""
 
     folder: Path
     config: SeerConfig
     """The options that say what the model and the data are; those of the training itself have their defaults."""
-    model: PeftModel
+    model: PreTrainedModel | PeftModel
+    """The trained model."""
     tokenizer: PreTrainedTokenizerBase
     stack: LayerStack
-    adapter: str
-    """Fingerprint of the adapter."""
+    """Its layers."""
+    base: BaseModel
+    """What it was before training."""
+    weights: str
+    """Fingerprint of what was trained."""
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Run:
@@ -50,22 +55,33 @@ class Run:
             InputError: the folder holds no finished run, or its base model is not the adapter's.
         """
         path = Path(folder)
-        for name in ("config.yaml", "adapter_config.json", ADAPTER):
-            if not (path / name).is_file():
-                raise InputError(f"{folder}: expected the folder of a finished seer train run, got one without {name}")
+        _require_files(path, "config.yaml")
         config = _read_config(path)
+        whole = config.adapter == "none"
+        _require_files(path, "config.json" if whole else "adapter_config.json", "tokenizer_config.json")
+        if not whole:
+            _require_files(path, "adapter_model.safetensors")
+        trained: PreTrainedModel | PeftModel
         try:
             base = load_model(config)[0] if model is None else model
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-            adapted = PeftModel.from_pretrained(base, str(path))
+            if whole:
+                trained = load_model(replace(config, model=str(path)))[0]
+            else:
+                trained = PeftModel.from_pretrained(base, str(path))
         except InputError as error:
             raise InputError(f"{path / 'config.yaml'}: {error}") from error
         except (OSError, ValueError, RuntimeError) as error:  # peft and transformers word these for a reader
             raise InputError(
                 f"{folder}: expected an adapter of {config.model or 'the given model'} and a tokenizer; {error}"
             ) from error
-        adapted = adapted.to(config.device).eval()
-        return cls(path, config, adapted, tokenizer, find_layers(adapted, config.layers_path), fingerprint(path))
+        if config.quantization == "none":  # else the weights are where they must be
+            trained = trained.to(config.device)  # type: ignore[arg-type]
+        stack = find_layers(trained, config.layers_path)
+        copy = find_layers(base.to(config.device), config.layers_path) if whole else None  # type: ignore[arg-type]
+        for part in (trained, base):
+            part.train(False)
+        return cls(path, config, trained, tokenizer, stack, BaseModel(stack, copy), fingerprint(path))
 
     @property
     def max_length(self) -> int:
@@ -75,10 +91,9 @@ class Run:
         return min(limit for limit in limits if limit is not None)
 
     @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's, or 0, as padding is masked."""
-        pad_token_id = self.tokenizer.pad_token_id
-        return 0 if pad_token_id is None else int(pad_token_id)
+    def position(self) -> str:
+        """Where the state is that stands for a text."""
+        return self.config.positions[0]
 
     def samples(self, data: str | None = None) -> tuple[ConceptDataset, ConceptDataset | None]:
         """The training and the held-out samples: the same division that the run made.
@@ -112,26 +127,31 @@ class Run:
             )
         return training, held_out
 
-    def token_ids(self, texts: Sequence[Text]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[Text]) -> list[Tokens]:
         """Texts as the run's training saw them."""
-        return tokenize(self.tokenizer, texts, self.max_length)
+        return tokenize(self.tokenizer, texts, self.max_length, self.config.truncation)
 
-    def representations(self, texts: Sequence[Text], layers: Sequence[int], *, base: bool = False) -> dict[int, Tensor]:
-        """Layer -> [N, D] float32: the last-token states of N texts, under the base model or the adapted one."""
-        with self.base_model() if base else nullcontext():
-            return read_texts(
-                self.stack,
-                self.token_ids(texts),
-                layers,
-                pad_token_id=self.pad_token_id,
-                batch_size=self.config.per_device_eval_batch_size,
-            )
+    def encode(self, texts: Sequence[Text], layers: Sequence[int]) -> Encoding:
+        """The states that stand for texts, under the base model and the trained one."""
+        return encode(
+            self.model,
+            self.tokens(texts),
+            base=self.base,
+            layers=layers,
+            position=self.position,
+            pad_token_id=pad_token_id(self.tokenizer),
+            batch_size=self.config.per_device_eval_batch_size,
+        )
 
     @contextmanager
-    def base_model(self) -> Iterator[None]:
-        """Inside, the model is what it was before training."""
-        with base_model_of(self.model):
-            yield
+    def base_layers(self) -> Iterator[LayerStack]:
+        """Inside, the layers of the base model, whose `root` can be run; an adapter is disabled meanwhile."""
+        with without_dropout(self.model):
+            if self.base.copy is not None:
+                yield self.base.copy
+            else:
+                with cast(PeftModel, self.model).disable_adapter():
+                    yield self.stack
 
     def prototypes(self) -> Prototypes:
         """The prototypes that the run wrote.
@@ -146,19 +166,25 @@ class Run:
                 f"data: seer prototypes {self.folder}"
             )
         prototypes = Prototypes.load(file)
-        if prototypes.adapter not in (None, self.adapter):
+        if prototypes.weights not in (None, self.weights):
             raise InputError(
-                f"{file}: expected prototypes made with the adapter beside them, got those of another one. Make them "
-                f"anew: seer prototypes {self.folder}"
+                f"{file}: expected prototypes made with the weights beside them, got those of others. Make them anew: "
+                f"seer prototypes {self.folder}"
             )
         check_prototypes(prototypes, self.stack, str(file))
         return prototypes
 
-    def make_prototypes(self, training: ConceptDataset, layers: Sequence[int], *, base: bool = False) -> Prototypes:
-        """Prototypes from training samples, of the adapted or the base model."""
-        states = self.representations(training.texts, layers, base=base)
-        made = Prototypes.from_representations(states, torch.from_numpy(training.concept_ids), training.names)
-        return Prototypes(made.concepts, made.layers, None if base else self.adapter)
+
+def make_prototypes(states: dict[int, Tensor], samples: ConceptDataset, weights: str | None = None) -> Prototypes:
+    """Prototypes from states of samples.
+
+    Args:
+        states: layer -> [N, D].
+        samples: N samples.
+        weights: fingerprint of the model's weights.
+    """
+    made = Prototypes.from_representations(states, torch.from_numpy(samples.memberships), samples.names)
+    return replace(made, weights=weights)
 
 
 def check_prototypes(prototypes: Prototypes, stack: LayerStack, source: str) -> None:
@@ -180,12 +206,18 @@ def check_prototypes(prototypes: Prototypes, stack: LayerStack, source: str) -> 
             )
 
 
+def _require_files(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: expected the folder of a finished seer train run, got one without {name}")
+
+
 def _read_config(folder: Path) -> SeerConfig:
     """What the model and data are. How the run trained need not be possible on this machine."""
     file = folder / "config.yaml"
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        known = {*SeerConfig.__annotations__, "seed", "use_cpu", "per_device_eval_batch_size"}
+        known = {*SeerConfig.__annotations__, "seed", "use_cpu", "per_device_eval_batch_size"} - {"preset"}
         return SeerConfig(**{name: value for name, value in values.items() if name in known})
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise InputError(f"{file}: expected the options that seer train wrote; {error}") from error

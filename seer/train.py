@@ -6,60 +6,60 @@ import json
 import logging
 import os
 import shutil
+import signal
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_callback import TrainerState
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import TrainOutput
 
-from seer.calibration import CALIBRATION
+from seer.calibration import CALIBRATION, Calibration
+from seer.checkpoints import UNFINISHED, StopOnSigterm
 from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset
-from seer.errors import InputError
+from seer.dry_run import MemoryEstimate, dry_run
+from seer.errors import InputError, RunStopped
 from seer.files import atomic_path
+from seer.plots import plot_learning_curves
 from seer.prototypes import Prototypes, fingerprint
+from seer.report import model_card
 from seer.trainer import Measurement, SeerTrainer
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("seer-kernels", "torch", "transformers", "peft", "accelerate", "datasets")
 _OWN_FILES = (
+    "README.md",
+    "learning_curves.png",
     "config.yaml",
     "metrics.json",
     "prototypes.safetensors",
     CALIBRATION,
     "adapter_config.json",
     "adapter_model.safetensors",
-)
-# Options that a continued run must share with the run it continues, or its pairs, loss and adapter would be others.
-_SAME_ON_RESUME = (
-    "model",
-    "data",
-    "retain_data",
-    "concepts",
-    "held_out_share",
-    "max_length",
-    "target_layers",
-    "layers_path",
-    "lora_r",
-    "lora_alpha",
-    "per_device_train_batch_size",
-    "seed",
+    "config.json",
+    "model.safetensors",
 )
 
 
@@ -78,7 +78,7 @@ class TrainingResult:
     concepts: list[str]
     """The N concept names of those samples."""
     output_dir: str
-    """Folder with the adapter, prototypes.safetensors, config.yaml and metrics.json."""
+    """Folder with the adapter, prototypes.safetensors, config.yaml, metrics.json, learning_curves.png and README.md."""
 
 
 def run_training(
@@ -96,24 +96,20 @@ def run_training(
     Raises:
         InputError: bad options or data.
     """
-    if config.data is None:
-        raise InputError("--data: expected texts by concept, a .csv or .jsonl file or the name of a data set; got none")
-    dataset = ConceptDataset.load(config.data, config.concepts)
-    retain_dataset = None if config.retain_data is None else TextDataset.load(config.retain_data)
-    training, held_out = dataset.split(config.held_out_share, config.seed)
+    if config.max_steps == 0:
+        raise InputError("--max_steps: expected a number of steps, or -1 for whole epochs, got 0; see seer.check_run")
+    data = _load_data(config)
     checkpoint = _checkpoint_to_resume(config)
     if config.should_save:
         _claim_output_dir(config, resuming=checkpoint is not None)
-    if model is None:
-        model, tokenizer = load_model(config)
-    elif tokenizer is None:
-        raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
-
-    trainer = SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain_dataset)
+    trainer = _make_trainer(config, data, model, tokenizer)
+    training, held_out, _ = data
     output_dir = Path(str(config.output_dir))
+    if checkpoint is not None:
+        trainer.require_same_run(checkpoint)
     if config.should_save:
         config.save(output_dir / "config.yaml")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = _train(trainer, checkpoint)
 
     measurement = None if held_out is None else trainer.measure()
     prototypes = trainer.prototypes() if measurement is None else measurement.prototypes
@@ -126,16 +122,15 @@ def run_training(
         "target_layers": trainer.target_layers,
         "held_out": None if measurement is None else _as_metrics(measurement),
         "training": {"steps": outcome.global_step, "seconds": round(outcome.metrics["train_runtime"], 1)},
-        "versions": {name: version(name) for name in ("seer-kernels", "torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in _PACKAGES},
     }
+    try:
+        _save_adapter(trainer, output_dir)
+        if config.should_save:
+            _write_results(trainer, training, prototypes, calibration, metrics, output_dir)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(f"the results cannot be written to {output_dir}: {error}. {trainer.how_to_go_on()}") from error
     if config.should_save:
-        _save_adapter(trainer, tokenizer, output_dir)
-        prototypes = replace(prototypes, adapter=fingerprint(output_dir))
-        prototypes.save(output_dir / "prototypes.safetensors")
-        if calibration is not None:
-            replace(calibration, adapter=prototypes.adapter).save(output_dir / CALIBRATION)
-        with atomic_path(output_dir / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if measurement is not None:
             Console().print(_table(measurement, len(held_out or ())))
         Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
@@ -151,24 +146,83 @@ def run_training(
     )
 
 
+def check_run(
+    config: SeerConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> MemoryEstimate:
+    """Check data, template, layers and batches of a run and print what it would take; writes nothing.
+
+    Args and errors as `run_training`. `seer train --max_steps 0` does this.
+    """
+    data = _load_data(config)
+    training, held_out, _ = data
+    with TemporaryDirectory() as folder:  # a Trainer makes its output folder
+        elsewhere = copy(config)
+        elsewhere.output_dir = folder
+        return dry_run(_make_trainer(elsewhere, data, model, tokenizer), training, held_out)
+
+
+def _load_data(config: SeerConfig) -> tuple[ConceptDataset, ConceptDataset | None, TextDataset | None]:
+    """Training samples, held-out samples, retain texts; once it is known that the figures have somewhere to go."""
+    try:
+        for reporter in get_reporting_integration_callbacks(config.report_to):  # type: ignore[no-untyped-call]
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report_to: {error}") from error
+    if config.data is None:
+        raise InputError("--data: expected texts by concept, a .csv or .jsonl file or the name of a data set; got none")
+    dataset = ConceptDataset.load(config.data, config.concepts)
+    retain_dataset = None if config.retain_data is None else TextDataset.load(config.retain_data)
+    return *dataset.split(config.held_out_share, config.seed), retain_dataset
+
+
+def _make_trainer(
+    config: SeerConfig,
+    data: tuple[ConceptDataset, ConceptDataset | None, TextDataset | None],
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> SeerTrainer:
+    if model is None:
+        model, tokenizer = load_model(config)
+    elif tokenizer is None:
+        raise InputError("tokenizer: expected the tokenizer of the model that was passed, got none")
+    training, held_out, retain = data
+    return SeerTrainer(model, config, training, tokenizer, eval_dataset=held_out, retain_dataset=retain)
+
+
 def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load `config.model` and its tokenizer: with its language-model head if it was saved as a causal model.
 
-    The weights are bfloat16 where an accelerator supports it or `--bf16` is given, else float32; the adapter on top of
-    them is float32.
+    Under an adapter, which is float32, the weights are bfloat16 where an accelerator supports it or `--bf16` is given;
+    otherwise, and where they are trained themselves, float32. With `--quantization` its linear layers have 4 or 8 bits.
 
     Raises:
-        InputError: nothing that transformers can load.
+        InputError: nothing that transformers can load, or bitsandbytes is missing.
     """
     if config.model is None:
         raise InputError("--model: expected a local folder or a name on the Hub, got none")
-    dtype = torch.bfloat16 if config.bf16 or _accelerator_has_bfloat16(config.device) else torch.float32
+    half = config.adapter != "none" and (config.bf16 or _accelerator_has_bfloat16(config.device))
+    dtype = torch.bfloat16 if half else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if config.quantization != "none":
+        if find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"--quantization: expected the package bitsandbytes to be installed (pip install bitsandbytes) for "
+                f"{config.quantization!r}, got none"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=config.quantization == "4bit",
+            load_in_8bit=config.quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         model_config = AutoConfig.from_pretrained(config.model)
         causal_class = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None), "__name__", None)
         saved_as = model_config.architectures or [causal_class]
         auto = AutoModelForCausalLM if causal_class is not None and causal_class in saved_as else AutoModel
-        return auto.from_pretrained(config.model, dtype=dtype), AutoTokenizer.from_pretrained(config.model)
+        return auto.from_pretrained(config.model, **options), AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--model: expected a folder or Hub name of a transformers model with its tokenizer, got {config.model!r}; "
@@ -195,27 +249,19 @@ def _checkpoint_to_resume(config: SeerConfig) -> str | None:
     else:
         folders = [Path(wanted)]
         expected = "a checkpoint folder"
-    # The state is written last: a checkpoint without a readable one was cut off by a kill.
-    complete = [folder for folder in folders if _is_complete(folder)]
-    if not complete:
-        raise InputError(f"--resume_from_checkpoint: expected {expected}, got {wanted!r} and no complete one there")
-    earlier_file = complete[0].parent / "config.yaml"
-    earlier = yaml.safe_load(earlier_file.read_text(encoding="utf-8")) if earlier_file.is_file() else {}
-    for name in _SAME_ON_RESUME:
-        if name in earlier and earlier[name] != getattr(config, name):
-            raise InputError(
-                f"--{name}: expected {earlier[name]!r} as in the run to resume ({earlier_file}), got "
-                f"{getattr(config, name)!r}"
-            )
-    return str(complete[0])
+    if not folders or not folders[0].is_dir():
+        raise InputError(f"--resume_from_checkpoint: expected {expected}, got {wanted!r} and nothing there")
+    return str(folders[0])
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
+def _train(trainer: SeerTrainer, checkpoint: str | None) -> TrainOutput:
+    """Train until the end, or until SIGTERM, which raises RunStopped after a checkpoint was written."""
+    with StopOnSigterm() as stop:
+        trainer.add_callback(stop)
+        outcome: TrainOutput = trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received:
+        raise RunStopped(f"SIGTERM after step {outcome.global_step}. {trainer.how_to_go_on()}", 128 + signal.SIGTERM)
+    return outcome
 
 
 def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
@@ -224,6 +270,7 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir: expected a folder, got the file {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
     earlier = [output_dir / name for name in _OWN_FILES if (output_dir / name).exists()]
     earlier += output_dir.glob("checkpoint-*")
     if resuming or not earlier:
@@ -237,14 +284,40 @@ def _claim_output_dir(config: SeerConfig, resuming: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_adapter(trainer: SeerTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Write the adapter and the tokenizer; each file appears whole or not at all."""
+def _save_adapter(trainer: SeerTrainer, output_dir: Path) -> None:
+    """Write the adapter and the tokenizer; each file appears whole or not at all. All processes take part."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers what is sharded
+    if not trainer.args.should_save:
+        return
     with TemporaryDirectory(dir=output_dir, prefix=".adapter-") as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(temporary, save_embedding_layers=False)  # they are never trained
-        tokenizer.save_pretrained(temporary)
+        # Under an adapter the embeddings are never trained.
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(temporary, state_dict=weights, **options)
+        trainer.tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, output_dir / path.name)
+
+
+def _write_results(
+    trainer: SeerTrainer,
+    training: ConceptDataset,
+    prototypes: Prototypes,
+    calibration: Calibration | None,
+    metrics: dict[str, Any],
+    output_dir: Path,
+) -> None:
+    weights = fingerprint(output_dir)
+    replace(prototypes, weights=weights).save(output_dir / "prototypes.safetensors")
+    if calibration is not None:
+        replace(calibration, weights=weights).save(output_dir / CALIBRATION)
+    with atomic_path(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    curves = plot_learning_curves(trainer.state.log_history, output_dir / "learning_curves.png")
+    counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
+    pictures = [] if curves is None else [curves.name]
+    with atomic_path(output_dir / "README.md") as temporary:
+        temporary.write_text(model_card(trainer.args, metrics, counts=counts, pictures=pictures), encoding="utf-8")
 
 
 def _as_metrics(measurement: Measurement) -> dict[str, Any]:
@@ -253,6 +326,10 @@ def _as_metrics(measurement: Measurement) -> dict[str, Any]:
         "layers": {
             str(layer): {"before": asdict(measurement.before[layer]), "after": asdict(measurement.after[layer])}
             for layer in measurement.before
+        },
+        "by_concept": {
+            str(layer): {concept: asdict(values) for concept, values in concepts.items()}
+            for layer, concepts in measurement.by_concept.items()
         },
         "kl_to_base_nats_per_token": None if kl is None else {"before": 0.0, "after": kl},
     }

@@ -276,6 +276,11 @@ def check_tolerance(value: object) -> None:
         raise ValueError(f"tolerance must be finite and not negative; got {value}")
 
 
+def can_wait(device: torch.device) -> bool:
+    """Whether values on `device` may be read now. While a CUDA graph is captured they do not exist yet."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
 

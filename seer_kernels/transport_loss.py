@@ -14,13 +14,13 @@ from torch import Tensor
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.contrastive.functional import REDUCTIONS, _check_values, _pair_labels
 from seer_kernels.contrastive.problem import accumulation_dtype
+from seer_kernels.sinkhorn import native, reference
 from seer_kernels.sinkhorn.costs import choose_backend, cost_matrix
 from seer_kernels.sinkhorn.functional import solve_costs
+from seer_kernels.sinkhorn.problem import Alternation
 
 Tau: TypeAlias = "float | tuple[float | None, float | None] | None"
 """How much the marginals of queries and of keys bind: None for a constraint; one value for both, or one each."""
-
-NO_FIXED_NUMBER = "it has no kernel for a fixed number of iterations, only for a tolerance"
 
 
 def ot_contrastive(
@@ -75,7 +75,7 @@ def ot_contrastive(
             as query nor as key. Its features must still be finite.
         reduction: `"mean"` over rows, by weight (0 if there are none), `"sum"` of weight x loss, or `"none"` for
             weight x loss per row.
-        backend: `"auto"`, `"reference"` or, with a tolerance, `"native"`; see `seer_kernels.backends()`.
+        backend: as in `sinkhorn`; without a tolerance `"native"` is for CPUs, and there is no `"triton"`.
         validate: as in `info_nce`.
 
     Returns:
@@ -197,7 +197,9 @@ def _loss(
         exists = torch.nn.functional.pad(present, (0, cost.shape[2] - cost.shape[1]), value=1.0) > 0  # [P, M]
         columns = (exists / exists.sum(-1, keepdim=True, dtype=cost.dtype)).log()
         if iterations > 1:
-            columns = _alternate(cost, a.log(), b.log(), columns, _share(tau_a), _share(tau_b), iterations - 1)[0]
+            columns = _alternate(
+                cost, a.log(), b.log(), columns, _share(tau_a), _share(tau_b), iterations - 1, backend
+            )[0]
 
     # log(P_ij / a_i) = columns_j - cost_ij - share * normalizer_i
     logits = columns.unsqueeze(1) - cost
@@ -234,7 +236,8 @@ def _target_kernel(
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
     """T_ij / a_i [P, N, M] and weights [P, N]. Values are checked here, so that compiled graphs check them too."""
-    choose_backend(backend, query, NO_FIXED_NUMBER if fixed_number else "")
+    lacks = _no_alternation(query.device) if fixed_number else {}
+    choose_backend(backend, query, query.shape[1], key.shape[1], lacks)
     _check_values(query, key, temperature, query_labels, key_labels, weights, validate)
     (p, n, _), m, dtype = query.shape, key.shape[1], accumulation_dtype(query.dtype)
     weight = query.new_ones(p, n, dtype=dtype) if weights is None else weights.to(dtype, copy=True)
@@ -263,22 +266,30 @@ def _target_fake(
 
 
 def _alternate_kernel(
-    cost: Tensor, log_a: Tensor, log_b: Tensor, start: Tensor, share_a: float, share_b: float, iterations: int
+    cost: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    start: Tensor,
+    share_a: float,
+    share_b: float,
+    iterations: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Column potentials, log b included, after so many normalisations of rows and columns from `start` [P, M] on.
-
-    Then the normalisers of rows [iterations, P, N] and columns [iterations, P, M], for the gradient.
-    """
-    rows, columns, potential = [], [], start
-    for _ in range(iterations):
-        rows.append((potential.unsqueeze(1) - cost).logsumexp(2))
-        columns.append(((log_a - share_a * rows[-1]).unsqueeze(2) - cost).logsumexp(1))
-        potential = log_b - share_b * columns[-1]
-    return potential, torch.stack(rows), torch.stack(columns)
+    """The last potential of the columns [P, M], and the normalisers that the gradient needs (see `Alternation`)."""
+    alternation = _alternation(cost, log_a, log_b, start, share_a, share_b, iterations)
+    result: tuple[Tensor, Tensor, Tensor] = _alternating(cost, backend).alternate(alternation)
+    return result
 
 
 def _alternate_fake(
-    cost: Tensor, log_a: Tensor, log_b: Tensor, start: Tensor, share_a: float, share_b: float, iterations: int
+    cost: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    start: Tensor,
+    share_a: float,
+    share_b: float,
+    iterations: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         start.new_empty(start.shape),
@@ -297,18 +308,12 @@ def _alternate_back_kernel(
     columns: Tensor,
     share_a: float,
     share_b: float,
+    backend: str,
 ) -> Tensor:
-    """The gradient to the costs, from the one to the potentials [P, M]: the iterations once more, backwards."""
-    result = torch.zeros_like(cost)
-    for step in reversed(range(len(rows))):
-        of_rows = (log_a - share_a * rows[step]).unsqueeze(2)
-        flow = (of_rows - cost - columns[step].unsqueeze(1)).exp_().mul_(share_b * gradient.unsqueeze(1))
-        result += flow
-        row_gradient = -flow.sum(2, keepdim=True)
-        before = start if step == 0 else log_b - share_b * columns[step - 1]
-        flow = (before.unsqueeze(1) - cost - rows[step].unsqueeze(2)).exp_().mul_(share_a * row_gradient)
-        result += flow
-        gradient = -flow.sum(1)
+    """The gradient to the costs, from the one to the last potential [P, M]."""
+    alternation = _alternation(cost, log_a, log_b, start, share_a, share_b, len(rows))
+    backend_module = _alternating(cost, backend)
+    result: Tensor = backend_module.alternate_gradient(alternation, rows, columns, gradient.contiguous())
     return result
 
 
@@ -316,18 +321,38 @@ def _alternate_back_fake(gradient: Tensor, cost: Tensor, *_: Any) -> Tensor:
     return cost.new_empty(cost.shape)
 
 
+def _alternation(
+    cost: Tensor, log_a: Tensor, log_b: Tensor, start: Tensor, share_a: float, share_b: float, iterations: int
+) -> Alternation:
+    return Alternation(
+        cost.contiguous(), log_a.contiguous(), log_b.contiguous(), start.contiguous(), share_a, share_b, iterations
+    )
+
+
+def _alternating(cost: Tensor, backend: str) -> Any:
+    """The module whose functions alternate."""
+    chosen = choose_backend(backend, cost, cost.shape[1], cost.shape[2], _no_alternation(cost.device))
+    return native if chosen == "native" else reference
+
+
+def _no_alternation(device: torch.device) -> dict[str, str]:
+    """Why backends do not alternate there: compiled code does so on CPUs only."""
+    reason = "it has no kernel for a fixed number of iterations there, only for a tolerance"
+    return {"triton": reason} if device.type == "cpu" else {"native": reason, "triton": reason}
+
+
 class _Alternate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         potential, rows, columns = _operators.below_autograd(_alternate, *inputs)
         ctx.save_for_backward(*inputs[:4], rows, columns)
-        ctx.shares = inputs[4:6]
+        ctx.options = (*inputs[4:6], inputs[7])
         ctx.mark_non_differentiable(rows, columns)
         return potential, rows, columns
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return (_alternate_back(gradient, *ctx.saved_tensors, *ctx.shares), *(None,) * 6)
+        return (_alternate_back(gradient, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
 
 
 TWICE = "ot_contrastive cannot be differentiated twice: its gradient is formed by hand"

@@ -37,6 +37,14 @@ struct Workspace {
   T *column_sum, *diagonal, *column_adjoint, *at_g, *solution, *residual, *direction;
 };
 
+// What an alternation writes besides its results, each padded to `width`, in whole cache lines.
+template <class T>
+struct AlternationSpace {
+  int64_t width;
+  T *level, *column, *gradient, *arrived;
+  T* partial;  // [members, 2, width]: the largest term of each column, and the sum of all relative to it
+};
+
 namespace {
 
 template <class T>
@@ -134,12 +142,58 @@ void differentiate_on(const Transport<T>& t, const Potentials<T>& at, const Tran
 }
 
 template <class T>
+void alternate_on(const Alternation<T>& t, int64_t p, const AlternationSpace<T>& space, const Team& team, T* potential,
+                  T* rows, T* columns) {
+  SEER_DISPATCH(alternate_problem(t, p, space, team, potential, rows, columns));
+}
+
+template <class T>
+void differentiate_alternation_on(const Alternation<T>& t, int64_t p, const AlternationSpace<T>& space,
+                                  const Team& team, const T* rows, const T* columns, const T* gradient,
+                                  T* cost_gradient) {
+  SEER_DISPATCH(differentiate_alternation(t, p, space, team, rows, columns, gradient, cost_gradient));
+}
+
+template <class T>
 void costs_on(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size, T* y_size, T* dots) {
   SEER_DISPATCH(form_costs(c, p, x, y, centre, x_size, y_size, dots));
 }
 
 constexpr int64_t kTeamEntries = 1 << 16;  // a problem below this is not worth the waiting of a team
 constexpr int64_t kTurnEntries = 32 * 32;   // a problem above this keeps a core busy by itself
+
+// Whether `threads` work on one problem together, rather than on one each.
+bool in_teams(int64_t problems, int64_t entries, int threads) {
+  const bool even = problems % threads == 0 || problems >= 8 * threads;
+  return threads > 1 && !even && entries >= kTeamEntries;
+}
+
+// Calls work(p, space, team) for all problems of an alternation.
+template <class T, class Work>
+void each_alternation(const Alternation<T>& t, int threads, const Work& work) {
+  const int64_t width = padded(t.M, kLineOf<T>);
+  const auto space_in = [&](Arena<T>& arena, int members) {
+    AlternationSpace<T> space{};
+    space.width = width;
+    for (T** columns : {&space.level, &space.column, &space.gradient, &space.arrived}) *columns = arena.take(width);
+    space.partial = arena.take(2 * members * width);
+    return space;
+  };
+  if (in_teams(t.P, t.N * t.M, threads)) {
+    Arena<T> arena((4 + 2 * threads) * width);
+    const AlternationSpace<T> space = space_in(arena, threads);
+    Barrier barrier;
+    run_together(threads, [&](int rank, int size) {
+      for (int64_t p = 0; p < t.P; ++p) work(p, space, Team{rank, size, &barrier});
+    });
+    return;
+  }
+  parallel_take(t.P, t.N * t.M * t.iterations, threads, [&](auto& next) {
+    Arena<T> arena(6 * width);
+    const AlternationSpace<T> space = space_in(arena, 1);
+    for (int64_t p = next(); p < t.P; p = next()) work(p, space, Team{0, 1, nullptr});
+  });
+}
 
 }  // namespace
 
@@ -156,8 +210,7 @@ void sinkhorn_cost(const Clouds<T>& c, int threads) {
 
 template <class T>
 void sinkhorn_solve(const Transport<T>& t, const Stopping& s, const Potentials<T>& out, int threads) {
-  const bool even = t.B % threads == 0 || t.B >= 8 * threads;
-  if (threads > 1 && !even && t.n * t.m >= kTeamEntries) {
+  if (in_teams(t.B, t.n * t.m, threads)) {
     Space<T> space(t.n, t.m, threads, false);
     Barrier barrier;
     run_together(threads, [&](int rank, int size) {
@@ -192,10 +245,27 @@ void sinkhorn_gradient(const Transport<T>& t, const Potentials<T>& at, const Tra
   });
 }
 
+template <class T>
+void alternate(const Alternation<T>& t, T* potential, T* rows, T* columns, int threads) {
+  each_alternation(t, threads, [&](int64_t p, const AlternationSpace<T>& space, const Team& team) {
+    alternate_on(t, p, space, team, potential, rows, columns);
+  });
+}
+
+template <class T>
+void alternate_gradient(const Alternation<T>& t, const T* rows, const T* columns, const T* gradient, T* cost_gradient,
+                        int threads) {
+  each_alternation(t, threads, [&](int64_t p, const AlternationSpace<T>& space, const Team& team) {
+    differentiate_alternation_on(t, p, space, team, rows, columns, gradient, cost_gradient);
+  });
+}
+
 #define SEER_INSTANTIATE(T)                                                                                \
   template void sinkhorn_cost(const Clouds<T>&, int);                                                      \
   template void sinkhorn_solve(const Transport<T>&, const Stopping&, const Potentials<T>&, int);           \
-  template void sinkhorn_gradient(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, int);
+  template void sinkhorn_gradient(const Transport<T>&, const Potentials<T>&, const TransportGradient<T>&, int); \
+  template void alternate(const Alternation<T>&, T*, T*, T*, int);                                             \
+  template void alternate_gradient(const Alternation<T>&, const T*, const T*, const T*, T*, int);
 SEER_INSTANTIATE(float)
 SEER_INSTANTIATE(double)
 

@@ -3,25 +3,6 @@
 
 constexpr int kRows = kBlockRows;
 
-template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr float kAbsentLog = -1e30f;  // the logarithm of a weight of 0
-  static constexpr float kTopExponent = 80.0f;
-  static constexpr float kLowExponent = -87.0f;
-  // Scalings that leave [1 / kScaling, kScaling] go into the potentials. Entries of the kernel below e^-87 are 0; with
-  // both scalings at the limit they would still be below e^-45 of what they add to.
-  static constexpr float kScaling = 1e9f;
-};
-template <>
-struct Limits<double> {
-  static constexpr double kAbsentLog = -1e300;
-  static constexpr double kTopExponent = 600.0;
-  static constexpr double kLowExponent = -700.0;
-  static constexpr double kScaling = 1e60;
-};
-
 // e^x within the range of exponents; anything below, and NaN, counts as the smallest.
 template <class T, class V>
 inline V exp_bounded(V x) {
@@ -265,7 +246,7 @@ class Solver {
 
   // Scale, spread and usability of the costs, and with them the first and the last eps. False: unusable.
   bool inspect() {
-    V low = V{} + kHuge, high = V{} - kHuge, outside = {};
+    V low = V{} + L::kHuge, high = V{} - L::kHuge, outside = {};
     double total = 0;
     for (int64_t i = first_row_; i < real_row_; ++i) {
       const T* c = cost_ + i * t_.m;
@@ -274,7 +255,7 @@ class Solver {
         const V known = exists(x, V{} + c[0]);
         low = known < low ? known : low;
         high = known > high ? known : high;
-        outside = (known < kHuge) & (known > -kHuge) ? outside : V{} + T(1);
+        outside = (known < L::kHuge) & (known > -L::kHuge) ? outside : V{} + T(1);
         sum += x;
       });
       total += sum_all(sum);
@@ -291,7 +272,7 @@ class Solver {
     if (bad != 0 || !(scale > 0)) return false;
     inverse_scale_ = T(1) / scale;
     const T magnitude = (largest > -smallest ? largest : -smallest) * inverse_scale_;
-    const T spread = (largest - smallest) * inverse_scale_, floor = magnitude / kRootOfMax;
+    const T spread = (largest - smallest) * inverse_scale_, floor = magnitude / L::kRootOfMax;
     eps_ = t_.eps[p_];
     // Below the floor exponents overflow: such a problem is solved at the floor, and reported as not converged.
     target_ = eps_ > floor ? eps_ : floor;
@@ -401,7 +382,7 @@ class Solver {
     const T share_b = relaxed_b_ ? T(t_.tau_b / (t_.tau_b + now_)) : T(1);
     for (int64_t j = first_column_; j < last_column_; j += kLanes) {
       const V top = load<V>(w_.top + j);
-      const V log_sum = top + log_positive(load<V>(w_.columns + j) + kTiny);
+      const V log_sum = top + log_positive(load<V>(w_.columns + j) + L::kTiny);
       store_first(w_.g + j, log_sum * (-share_b * now_), kLanes);
       store_first(w_.top + j, exp_bounded<T>(top - log_sum * share_b), kLanes);
       store_first(w_.v + j, V{} + T(1), kLanes);
@@ -459,7 +440,7 @@ class Solver {
         __builtin_memcpy(products, &sums, sizeof products);
         for (int k = 0; k < kCount; k += kLanes) {
           const V x = load_first<V>(products + k, kCount - k);
-          const V safe = x > kTiny ? x : V{} + kTiny;
+          const V safe = x > L::kTiny ? x : V{} + L::kTiny;
           const V y = exp_bounded<T>(-log_positive(safe) * share_a - load_first<V>(w.f + i + k, kCount - k) * rate_a);
           store_first(scalings + k, y, kLanes);
         }
@@ -477,7 +458,7 @@ class Solver {
     const auto update_columns = [&](int64_t j, V sums) {
       V next;
       if constexpr (kRelaxed) {
-        const V safe = sums > kTiny ? sums : V{} + kTiny;
+        const V safe = sums > L::kTiny ? sums : V{} + L::kTiny;
         next = exp_bounded<T>(-log_positive(safe) * share_b - load<V>(w.g + j) * rate_b);
       } else {
         next = T(1) / sums;
@@ -597,7 +578,7 @@ class Solver {
     const double error = off / wanted;
     out_.value[p_] = T(f_part + g_part - double(now_) * (moved - a_mass * b_mass));
     out_.transport_cost[p_] = T(spent * double(inverse_scale_));
-    out_.marginal_error[p_] = error < kHuge ? T(error) : T(kInfinity);
+    out_.marginal_error[p_] = error < L::kHuge ? T(error) : T(kInfinity);
     out_.iterations[p_] = int32_t(iteration_);
     out_.converged[p_] = error <= s_.tolerance && now_ == eps_;
     return false;
@@ -608,9 +589,6 @@ class Solver {
   }
 
   static constexpr int64_t kLine = 64 / sizeof(T);
-  static constexpr T kHuge = sizeof(T) == 4 ? T(2e37) : T(1e307);
-  static constexpr T kRootOfMax = sizeof(T) == 4 ? T(1.8e19) : T(1.3e154);
-  static constexpr T kTiny = sizeof(T) == 4 ? T(1.2e-38) : T(2.3e-308);
 
   const Transport<T>& t_;
   const Stopping& s_;
@@ -805,19 +783,28 @@ class Differentiator {
       store_first(at_f + i, rest, kRows);
       return load<R>(w_.row_adjoint + i) + weight * rest * load<R>(slope + i);
     });
-    double surplus = 0, b_mass = 0;
+    double b_mass = 0;
     for (int64_t j = 0; j < width_; ++j) {
       r[j] = w_.b[j] > 0 ? at_g[j] - w_.b[j] * w_.columns[j] : T(0);
-      surplus += r[j];
       b_mass += w_.b[j];
     }
-    double size = 0;
-    for (int64_t j = 0; j < width_; ++j) {
-      if (balanced) r[j] -= w_.b[j] * T(surplus / b_mass);  // nothing but rounding
-      s[j] = r[j] / diagonal[j];
-      size += double(r[j]) * double(s[j]);
-    }
-    const double small = size * (sizeof(T) == 4 ? 1.4e-14 : 4.9e-32);
+    // The square of the residual. That of a balanced problem sums to 0 but for rounding, which grows unless taken off: a
+    // constant is no direction.
+    const auto settle_residual = [&] {
+      double surplus = 0, square = 0;
+      if (balanced) {
+        for (int64_t j = 0; j < width_; ++j) surplus += r[j];
+        surplus /= b_mass;
+      }
+      for (int64_t j = 0; j < width_; ++j) {
+        r[j] -= w_.b[j] * T(surplus);
+        square += double(r[j]) * double(r[j]) / double(diagonal[j]);
+      }
+      return square;
+    };
+    double size = settle_residual();
+    for (int64_t j = 0; j < width_; ++j) s[j] = r[j] / diagonal[j];
+    const double small = size * Limits<T>::kSolved;
     const auto through_rows = [&](int64_t i, R sums) { return load<R>(w_.a + i) * sums * load<R>(slope + i); };
     for (int64_t step = 0; step < 4 * (m_ + 25) && size > small; ++step) {
       for (int64_t j = 0; j < width_; ++j) product[j] = w_.b[j] * s[j];
@@ -829,12 +816,11 @@ class Differentiator {
       }
       if (!(curvature > 0)) break;
       const T length = T(size / curvature);
-      double next = 0;
       for (int64_t j = 0; j < width_; ++j) {
         q[j] += length * s[j];
         r[j] -= length * product[j];
-        next += double(r[j]) * double(r[j]) / double(diagonal[j]);
       }
+      const double next = settle_residual();
       const T turn = T(next / size);
       for (int64_t j = 0; j < width_; ++j) s[j] = r[j] / diagonal[j] + turn * s[j];
       size = next;
@@ -1029,3 +1015,5 @@ void form_costs(const Clouds<T>& c, int64_t p, T* x, T* y, T* centre, T* x_size,
     }
   }
 }
+
+#include "alternation_kernels.h"

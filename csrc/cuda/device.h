@@ -44,6 +44,7 @@ constexpr int kStaticSharedBytes = 2048;
 #include <type_traits>
 
 #define SEER_KERNEL(blocks_per_multiprocessor) __global__ void __launch_bounds__(kMaxThreads, blocks_per_multiprocessor)
+#define SEER_KERNEL_OF(most_threads) __global__ void __launch_bounds__(most_threads, 1)
 #define SEER_SHARED(type, name, count) __shared__ type name[count]
 
 namespace seer::cuda {
@@ -58,10 +59,25 @@ SEER_DEVICE inline int team_thread() { return threadIdx.x; }
 // For all threads of the block.
 SEER_DEVICE inline void barrier() { __syncthreads(); }
 
+// barrier(), and whether any thread came with `flag`.
+SEER_DEVICE inline bool barrier_any(bool flag) { return __syncthreads_or(flag); }
+
 // The value of the lane whose index differs in the bits of `mask`; all lanes of the warp take part.
 template <class T>
 SEER_DEVICE inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The value of lane `from`; all lanes of the warp take part.
+template <class T>
+SEER_DEVICE inline T shuffle_from(T value, int from) {
+  return __shfl_sync(0xffffffffu, value, from);
+}
+
+// The same number, though the compiler cannot know: what follows from it is computed anew, and keeps no registers.
+SEER_DEVICE inline int recomputed(int value) {
+  asm volatile("" : "+r"(value)::"memory");
+  return value;
 }
 
 // The block's shared memory beyond SEER_SHARED, of the size given to launch().
@@ -181,6 +197,15 @@ inline int attribute(cudaDeviceAttr which, const char* kernel, int device) {
 inline int shared_memory_of_half_a_multiprocessor(const char* kernel, Place place) {
   return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kernel, place.device) / 2 -
          attribute(cudaDevAttrReservedSharedMemoryPerBlock, kernel, place.device);
+}
+
+// The most dynamic shared memory that a block may ask for, in bytes.
+inline int most_shared_memory(const char* kernel, Place place) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kernel, place.device) - kStaticSharedBytes;
+}
+
+inline int multiprocessors(const char* kernel, Place place) {
+  return attribute(cudaDevAttrMultiProcessorCount, kernel, place.device);
 }
 
 // Queues zeros for `bytes` bytes on the place's stream; graphs can capture it.

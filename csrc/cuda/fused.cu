@@ -36,10 +36,6 @@ using Wide = std::conditional_t<std::is_same_v<F, double>, double, float>;
 template <class F>
 constexpr int kPack = sizeof(F) == 8 ? 2 : 4;
 
-SEER_DEVICE inline int lane() { return team_thread() % kWarp; }
-SEER_DEVICE inline int warp() { return team_thread() / kWarp; }
-SEER_DEVICE inline int warps() { return team_threads() / kWarp; }
-
 template <class F>
 SEER_DEVICE inline F* row_of(const RowSet& set, int64_t p, int r, int64_t D) {
   const int64_t split = set.split;
@@ -58,27 +54,6 @@ SEER_DEVICE inline void load_features(const F* row, int d, int D, bool packs, Wi
   } else {
 #pragma unroll
     for (int v = 0; v < kPack<F>; ++v) wide[v] = d + v < D ? widen(row[d + v]) : Wide<F>(0);
-  }
-}
-
-// Sums kCount values over the lanes of a warp, each in the kWarp / kCount lanes from kWarp / kCount * index on. Every
-// step leaves a lane half of the values.
-template <int kCount, int kMask = kWarp / 2, class T>
-SEER_DEVICE inline T scattered_sum(const T* values) {
-  if constexpr (kMask == 0) {
-    return values[0];
-  } else if constexpr (kCount == 1) {
-    const T sum = values[0] + shuffle_xor(values[0], kMask);
-    return scattered_sum<1, kMask / 2>(&sum);
-  } else {
-    const bool upper = lane() & kMask;
-    T half[kCount / 2];
-#pragma unroll
-    for (int k = 0; k < kCount / 2; ++k) {
-      const T low = values[k], high = values[k + kCount / 2];
-      half[k] = (upper ? high : low) + shuffle_xor(upper ? low : high, kMask);
-    }
-    return scattered_sum<kCount / 2, kMask / 2>(half);
   }
 }
 

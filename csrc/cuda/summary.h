@@ -1,9 +1,9 @@
-// What the kernels know of a row of logits, and how the lanes of a warp put it together.
+// What the kernels know of a row of logits.
 #pragma once
 
 #include <cmath>
 
-#include "device.h"
+#include "warp.h"
 
 namespace seer::cuda {
 namespace {
@@ -13,20 +13,6 @@ namespace {
 // A logit that takes no part: finite, so that 0 * kAbsent is 0, and far below any real one.
 template <class T>
 constexpr T kAbsent = T(-1e30);
-
-template <class T>
-SEER_DEVICE inline T warp_sum(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-template <class T>
-SEER_DEVICE inline T warp_max(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = std::fmax(value, shuffle_xor(value, mask));
-  return value;
-}
 
 // What a set of columns tells of its row.
 template <class T>

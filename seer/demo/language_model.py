@@ -83,7 +83,7 @@ def train_language_model(
         seed: decides the pages and their order.
         epochs: passes over the texts.
     """
-    rows = tokenize(tokenizer, dataset.texts, WINDOW)
+    rows = [row.ids for row in tokenize(tokenizer, dataset.texts, WINDOW)]
     generator = np.random.default_rng(seed)
     pages = [page for _ in range(epochs) for page in _pages(rows, dataset.concept_ids, generator)]
     with TemporaryDirectory() as unused:

@@ -10,7 +10,8 @@ and the three numbers that an anchor's gradient needs. Then the gradient:
   to memory, `_slopes` makes d total / d product of them, and `_multiply` takes those to the features. Where the
   products of the block are still there from the statistics, that is three products in all, else four.
 
-Deterministic: every number is written by one program, and sums run in a fixed order.
+Deterministic: every number is written by one program, and sums run in a fixed order. With SEER_KERNELS_ATOMICS=1, and
+unless torch is told to be deterministic, `_gradient` may form both sides at once and add up one of them by atomics.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ COLUMN_BYTES = 32 << 20
 MAX_PARTS = 16
 """Parts of a row that different programs see. Programs that run at the same time are then a patch of the matrix about
 as high as wide (132 on an H100: 8 blocks of rows, 16 parts), which share their features through the L2 cache."""
+
+ADDED_BYTES = 256
+"""Features of a row up to which atomics may add up gradients: of more, tiles of both sides do not fit on the chip."""
+
+ADDED_FEATURES = 64
+"""Up to here adding the other side's gradient is cheaper than forming its products again (README),"""
+
+BUSY_ROWS = 8192
+"""and beyond that where it has fewer rows than this, whose programs would leave processors idle."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _ABSENT = tl.constexpr(-1e30)  # a maximum over nothing: finite, so that 0 * _ABSENT is 0
@@ -548,19 +558,22 @@ def _multiply(
 @triton.jit
 def _gradient(
     x, y, x_scale, y_scale, x_labels, y_labels, weights, temperature, bias,
-    x_anchors, y_anchors, unit, gradient,
+    x_anchors, y_anchors, unit, gradient, y_gradient,
     P, N, X, Y, D, own_shift, bucket,
     RULE: tl.constexpr, SELF: tl.constexpr, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all rows of x [P, X, D], whose D features fit into BLOCK_D; either side may be the queries."""
+    """The gradient of all rows of x [P, X, D], whose D features fit into BLOCK_D; either side may be the queries.
+
+    With y_gradient, which begins at 0, that of y is added to it by atomics, not yet projected and times `unit`; then
+    `gradient` may be None.
+    """
     blocks = tl.cdiv(X, BLOCK_X)
     program = tl.program_id(0)
     p = (program // blocks).to(tl.int64)
     x += p * X * D
     y += p * Y * D
-    gradient += p * X * D
     if x_scale is not None:
         x_scale += p * X
         y_scale += p * Y
@@ -591,16 +604,22 @@ def _gradient(
         logit = product * logit_factor[:, None] * y_factor[None, :]
         positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
         slope = _slope(logit, positive, negative, i, j, x_anchors, y_anchors, tl.cast(P, tl.int64) * N, N, bias)
-        slope = slope * slope_factor[:, None] * y_factor[None, :]
-        total = _dot(slope.to(right.dtype), right, total, PRECISION)
-    if unit is not None:
-        total = total / tl.load(unit)
-    if x_scale is not None:
-        wide = left.to(tl.float32)
-        along = tl.sum(total * wide, 1) * x_factor * x_factor
-        total = total - along[:, None] * wide
-    at = gradient + i.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(at, total, mask=(i < X)[:, None] & (d < D)[None, :])
+        slope = (slope * slope_factor[:, None] * y_factor[None, :]).to(right.dtype)
+        if gradient is not None:
+            total = _dot(slope, right, total, PRECISION)
+        if y_gradient is not None:
+            share = _dot(tl.trans(slope), left, tl.zeros((BLOCK_Y, BLOCK_D), tl.float32), PRECISION)
+            at = y_gradient + (p * Y + j)[:, None] * D + d[None, :]
+            tl.atomic_add(at, share, mask=(j < Y)[:, None] & (d < D)[None, :], sem="relaxed")
+    if gradient is not None:
+        if unit is not None:
+            total = total / tl.load(unit)
+        if x_scale is not None:
+            wide = left.to(tl.float32)
+            along = tl.sum(total * wide, 1) * x_factor * x_factor
+            total = total - along[:, None] * wide
+        at = gradient + (p * X + i)[:, None] * D + d[None, :]
+        tl.store(at, total, mask=(i < X)[:, None] & (d < D)[None, :])
 
 
 def _shared_memory() -> int:
@@ -626,13 +645,16 @@ def _usable_configs(configs: list[Any], named_arguments: dict[str, Any], **argum
         if "row_parts" in arguments:  # _statistics
             few = arguments["column_parts"] is None and row_bytes <= (64 if item == 4 else 256)
             return bool(blocks["BLOCK_Y"] <= 32 or few)
-        return bool(blocks["BLOCK_X"] <= (32 if item == 4 else 64 if row_bytes > 256 else 128))  # _gradient
+        # _gradient: matrix units of sm_90 take 64 rows of half precision at a time
+        most = 64 if row_bytes > 128 else 128
+        return bool(blocks["BLOCK_X"] == 32 if item == 4 else 64 <= blocks["BLOCK_X"] <= most)
 
     return [config for config in configs if fits(config)]
 
 
-def _tuned(kernel: Any, key: list[str], *choices: tuple[dict[str, int], int, int]) -> Any:
+def _tuned(kernel: Any, key: list[str], *choices: tuple[dict[str, int], int, int], zeroed: tuple[str, ...] = ()) -> Any:
     """The kernel, tuned anew for each value of `key` over (block sizes, warps, stages). The interpreter has one choice.
+    Tuning repeats a launch, and sets the tensors `zeroed` to 0 each time.
 
     Sizes enter the key by their powers of two, so that a last, smaller batch is not tuned for.
     """
@@ -640,7 +662,8 @@ def _tuned(kernel: Any, key: list[str], *choices: tuple[dict[str, int], int, int
         configs = [triton.Config(dict.fromkeys(choices[0][0], 16))]
     else:
         configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _usable_configs})(kernel)
+    prune = {"early_config_prune": _usable_configs}
+    return triton.autotune(configs, key, prune_configs_by=prune, reset_to_zero=list(zeroed))(kernel)
 
 
 _tuned_statistics = _tuned(
@@ -654,7 +677,15 @@ _tuned_gradient = _tuned(
     ["bucket", "RULE", "BLOCK_D"],
     ({"BLOCK_X": 32, "BLOCK_Y": 32}, 8, 2),
     ({"BLOCK_X": 64, "BLOCK_Y": 32}, 8, 2),
-    ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 32}, 8, 2),
+)
+_tuned_gradients = _tuned(
+    _gradient,
+    ["bucket", "RULE", "BLOCK_D"],
+    ({"BLOCK_X": 32, "BLOCK_Y": 16}, 8, 2),
+    ({"BLOCK_X": 64, "BLOCK_Y": 32}, 8, 2),
+    ({"BLOCK_X": 128, "BLOCK_Y": 32}, 8, 2),
+    zeroed=("y_gradient",),
 )
 _tuned_multiply = _tuned(
     _multiply,
@@ -665,6 +696,18 @@ _tuned_multiply = _tuned(
     ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
     ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),
 )
+
+
+def atomics_allowed() -> bool:
+    """Whether float atomics may add up gradients: not by default, and never where torch is told to be deterministic.
+
+    Raises:
+        ValueError: SEER_KERNELS_ATOMICS is neither 0 nor 1.
+    """
+    value = os.environ.get("SEER_KERNELS_ATOMICS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable SEER_KERNELS_ATOMICS must be 0 or 1; got {value!r}")
+    return value == "1" and not torch.are_deterministic_algorithms_enabled()
 
 
 def forward(problem: Problem, wanted: Wanted) -> tuple[RowResults, Gradients]:
@@ -833,9 +876,10 @@ class _Run:
         entries = min(BLOCK_ENTRIES, self.P * self.N * self.M)
         return self._empty(entries), self._empty(entries if self.wants_features else 0, dtype=self.dtype)
 
-    def _project(self) -> None:
+    def _project(self, sides: tuple[int, ...] = (0, 1)) -> None:
         """From the gradients with respect to unit rows to those with respect to the rows themselves."""
-        for gradient, (x, scale, *_) in zip(self.gradients, self.sides, strict=True):
+        for side in sides:
+            gradient, (x, scale, *_) = self.gradients[side], self.sides[side]
             if gradient is not None and (scale is not None or self.unit is not None):
                 self._by_rows(_project, x, gradient, x, scale, self.unit)
 
@@ -911,18 +955,38 @@ class _Run:
         )
 
     def _form_narrow_gradients(self) -> None:
-        of_queries, of_keys = self.anchors
-        for exchanged, gradient in enumerate(self.gradients):
-            if gradient is not None:
-                rows = gradient.shape[1]
-                _tuned_gradient[lambda blocks, rows=rows: (self.P * triton.cdiv(rows, blocks["BLOCK_X"]),)](
-                    **self._operands(exchanged=bool(exchanged)),
-                    **self.chip,
-                    x_anchors=of_keys if exchanged else of_queries,
-                    y_anchors=of_queries if exchanged else of_keys,
-                    unit=self.unit,
-                    gradient=gradient,
-                )
+        added = self._side_to_add()
+        if added is None:
+            for side, gradient in enumerate(self.gradients):
+                if gradient is not None:
+                    self._form_narrow_gradient(_tuned_gradient, side, gradient, None)
+            return
+        total = self.gradients[added]
+        assert total is not None
+        self._form_narrow_gradient(_tuned_gradients, 1 - added, self.gradients[1 - added], total.zero_())
+        self._project((added,))
+
+    def _form_narrow_gradient(self, kernel: Any, side: int, gradient: Tensor | None, other: Tensor | None) -> None:
+        """By programs that hold the rows of a side (0: queries), whose gradient is overwritten; other's is added to."""
+        rows = (self.N, self.M)[side]
+        kernel[lambda blocks: (self.P * triton.cdiv(rows, blocks["BLOCK_X"]),)](
+            **self._operands(exchanged=bool(side)),
+            **self.chip,
+            x_anchors=self.anchors[side],
+            y_anchors=self.anchors[1 - side],
+            unit=self.unit,
+            gradient=gradient,
+            y_gradient=other,
+        )
+
+    def _side_to_add(self) -> int | None:
+        """The side (0: queries) whose gradient atomics add up while programs hold the rows of the other, longer one."""
+        shorter = int(self.M < self.N)
+        if self.alone or self.gradients[shorter] is None or self.D * self.dtype.itemsize > ADDED_BYTES:
+            return None
+        few = self.P * min(self.N, self.M) < BUSY_ROWS
+        saves_products = self.gradients[1 - shorter] is not None and self.D <= ADDED_FEATURES
+        return shorter if (few or saves_products) and atomics_allowed() else None
 
     def _blocks(self) -> Iterator[_Block]:
         """Blocks of the second sweep; of a set against itself, squares on and above the diagonal."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,21 @@ def cost_matrix(
     """Costs [B, n, m] in the accumulation dtype between x [B, n, D] and y [B, m, D]; undefined past the lengths."""
     result: Tensor = _cost(x, y, x_lengths, y_lengths, cost, backend)
     return result
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Autocast off, and fp32 products of fp32 numbers, whatever the user allows elsewhere."""
+    products = torch.backends.cuda.matmul
+    # torch 2.9 brought the first of these, and does not like both to be used.
+    setting, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(products, setting)
+    setattr(products, setting, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(products, setting, before)
 
 
 def by_torch(clouds: Clouds) -> Tensor:
@@ -76,22 +93,25 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def choose_backend(requested: str, like: Tensor, native_lacks: str = "") -> str:
-    """The backend that solves problems of tensors like this one; `native_lacks` says why native code cannot."""
-    lacks = {"native": native.lacks(like.device) or native_lacks, "triton": "it has no optimal transport"}
-    return _dispatch.choose(requested, like.device, like.dtype, lacks)
+def choose_backend(requested: str, like: Tensor, n: int, m: int, lacks: Mapping[str, str] | None = None) -> str:
+    """The backend that solves problems of n x m points of tensors like this one, a problem in each of its rows.
+
+    `lacks` says why a backend cannot although it solves such problems.
+    """
+    obstacles = {"native": native.lacks(like.device, like.dtype, like.shape[0], n, m), **(lacks or {})}
+    return _dispatch.choose(requested, like.device, like.dtype, obstacles)
 
 
 def _cost_kernel(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, cost: str, backend: str
 ) -> Tensor:
     for name, lengths, points in (("x_lengths", x_lengths, x.shape[1]), ("y_lengths", y_lengths, y.shape[1])):
-        if lengths is not None:
+        if lengths is not None and _checks.can_wait(x.device):
             _checks.check_length_values(name, lengths, points)
     clouds = Clouds(x, y, x_lengths, y_lengths, cost)
-    chosen = choose_backend(backend, x)
-    with torch.autocast(x.device.type, enabled=False):
-        return native.cost_matrix(clouds) if chosen == "native" else by_torch(clouds)
+    chosen = choose_backend(backend, x, x.shape[1], y.shape[1])
+    with exact_products(x.device):
+        return native.cost_matrix(clouds) if chosen == "native" and x.device.type == "cpu" else by_torch(clouds)
 
 
 def _cost_fake(
@@ -112,7 +132,7 @@ def _slope_kernel(
     y_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x and y from `gradient` [B, n, m] (0 past the lengths) to the costs `matrix`; [0] if not wanted."""
-    with torch.autocast(x.device.type, enabled=False):
+    with exact_products(x.device):
         points, others = _prepared(Clouds(x, y, x_lengths, y_lengths, cost))
         if cost == "cosine":
             (points, x_inverse), (others, y_inverse) = _unit(points), _unit(others)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.sinkhorn import native, reference
-from seer_kernels.sinkhorn.costs import TWICE, choose_backend, cost_matrix
+from seer_kernels.sinkhorn.costs import TWICE, choose_backend, cost_matrix, exact_products
 from seer_kernels.sinkhorn.problem import (
     COSTS,
     GRADIENTS,
@@ -22,8 +22,6 @@ from seer_kernels.sinkhorn.problem import (
     accumulation_dtype,
     existing,
 )
-
-_BACKENDS = {"reference": reference, "native": native}
 
 
 class ConvergenceWarning(UserWarning):
@@ -126,6 +124,10 @@ def sinkhorn(
         gradient: `"envelope"`: to `value` only, exact at convergence. `"implicit"`: also to `transport_cost`, the
             potentials and `plan()`, by a linear solve. `"unrolled"`: through the iterations (reference only).
         backend: `"auto"`, `"reference"` or `"native"`; see `seer_kernels.backends()`.
+
+    While a CUDA graph is captured nothing may wait for values: they are not checked, and no warning is given. Of a
+    problem whose costs cannot be used the results are NaN then, and `converged` holds as ever. Only `"native"` can be
+    captured, and of the costs between clouds only `"cosine"`; given costs always can.
 
     Returns:
         SinkhornResult, differentiable with respect to x, y, a and b. Balanced problems are defined for equal sums of a
@@ -280,6 +282,9 @@ def sinkhorn_divergence(
         points = cloud if batched else cloud.unsqueeze(0)
         own = cost_matrix(points, points, lengths, lengths, cost, backend)
         if scale_cost is not None:
+            if lengths is not None:  # the gradient to the scale meets all entries, those that do not exist too
+                exists = existing(lengths, own.shape[0], own.shape[1], own.device)
+                own = own.masked_fill(~(exists.unsqueeze(2) & exists.unsqueeze(1)), 0.0)
             own = own / between.scale.view(-1, 1, 1)
         if not batched:
             own = own.squeeze(0)
@@ -394,15 +399,16 @@ def _problem(
     weighted: bool,
 ) -> Problem:
     """A problem whose values are checked: inside the operator, so that compiled graphs check them too."""
-    _checks.check_eps_values(eps)
-    for name, lengths, points in (("x_lengths", x_lengths, cost.shape[1]), ("y_lengths", y_lengths, cost.shape[2])):
-        if lengths is not None:
-            _checks.check_length_values(name, lengths, points)
-    if weighted:
-        _checks.check_mass_values("a", a)
-        _checks.check_mass_values("b", b)
-        if tau_a == tau_b == float("inf"):
-            _checks.check_equal_masses(a, b)
+    if _checks.can_wait(cost.device):
+        _checks.check_eps_values(eps)
+        for name, lengths, points in (("x_lengths", x_lengths, cost.shape[1]), ("y_lengths", y_lengths, cost.shape[2])):
+            if lengths is not None:
+                _checks.check_length_values(name, lengths, points)
+        if weighted:
+            _checks.check_mass_values("a", a)
+            _checks.check_mass_values("b", b)
+            if tau_a == tau_b == float("inf"):
+                _checks.check_equal_masses(a, b)
     return Problem(
         cost=cost.contiguous(),
         a=a.contiguous(),
@@ -419,9 +425,21 @@ def _problem(
     )
 
 
+def _backend(requested: str, cost: Tensor) -> Any:
+    """The module to run on costs like these, by the caller's choice of backend."""
+    chosen = choose_backend(requested, cost, cost.shape[1], cost.shape[2])
+    if chosen == "triton":
+        from seer_kernels.sinkhorn import triton_kernels  # takes long to import, and exists on Linux only
+
+        return triton_kernels
+    return {"reference": reference, "native": native}[chosen]
+
+
 def _run(backend: Any, problem: Problem) -> Solution:
-    with torch.autocast(problem.cost.device.type, enabled=False):
+    with exact_products(problem.cost.device):
         solution: Solution = backend.solve(problem)
+    if not _checks.can_wait(problem.cost.device):
+        return solution
     _checks.check_scale_values(problem.scale_cost, solution.scale)
     left = ~solution.converged
     if bool(left.any()):
@@ -457,7 +475,7 @@ def _sinkhorn_kernel(
     problem = _problem(
         cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost, max_iterations, tolerance, cost_name, weighted
     )
-    return _run(_BACKENDS[choose_backend(backend, cost)], problem)
+    return _run(_backend(backend, cost), problem)
 
 
 def _sinkhorn_fake(
@@ -512,8 +530,8 @@ def _gradient_kernel(
         scale_cost,
     )
     arrived = (value_gradient, transport_cost_gradient, f_gradient, g_gradient, scale_gradient)
-    chosen = _BACKENDS[choose_backend(backend, cost)]
-    with torch.autocast(cost.device.type, enabled=False):
+    chosen = _backend(backend, cost)
+    with exact_products(cost.device):
         cotangents = Cotangents(*(None if x is None else x.contiguous() for x in arrived))
         gradients: Gradients = chosen.gradients(problem, f, g, scale, cotangents)
     return gradients

@@ -97,6 +97,24 @@ class Gradients(NamedTuple):
     b: Tensor  # [B, m]
 
 
+@dataclass(frozen=True)
+class Alternation:
+    """P problems of `iterations` normalisations of rows and columns in turn, between potentials that include log b.
+
+    With q = `start` at first: row_i = log sum_j exp(q_j - C_ij), column_j = log sum_i exp(log a_i - share_a row_i -
+    C_ij), and then q_j = log b_j - share_b column_j. All tensors in the accumulation dtype and contiguous.
+    """
+
+    cost: Tensor  # [P, N, M]
+    log_a: Tensor  # [P, N]; -inf for a weight of 0
+    log_b: Tensor  # [P, M]
+    start: Tensor  # [P, M]
+    share_a: float
+    """1, or below it where the marginal is relaxed."""
+    share_b: float
+    iterations: int
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ from seer_kernels.sinkhorn.problem import (
     ANNEAL_FACTOR,
     ANNEAL_START,
     ANNEAL_TOLERANCE,
+    Alternation,
     Cotangents,
     Gradients,
     Problem,
@@ -252,9 +253,13 @@ def _adjoint(
     def from_rows(p: Tensor) -> Tensor:
         return (p.unsqueeze(1) @ plan).squeeze(1)
 
-    residual = g_rest - from_rows(f_rest / row_diagonal)
-    if problem.balanced:  # a constant is no direction: the right-hand side has none of it but by rounding
-        residual = residual - b * (residual.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+    def without_constant(residual: Tensor) -> Tensor:
+        if not problem.balanced:
+            return residual
+        # A constant is no direction: the residual has none of it but by rounding, which grows unless taken off.
+        return residual - b * (residual.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+
+    residual = without_constant(g_rest - from_rows(f_rest / row_diagonal))
     q = torch.zeros_like(residual)
     direction = preconditioned = residual / column_diagonal
     size = first = (residual * preconditioned).sum(-1, keepdim=True)
@@ -267,10 +272,36 @@ def _adjoint(
             break
         step = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
         q = q + step * direction
-        residual = residual - step * applied
+        residual = without_constant(residual - step * applied)
         preconditioned = residual / column_diagonal
         new_size = torch.where(going, (residual * preconditioned).sum(-1, keepdim=True), size)
         direction = torch.where(going, preconditioned + new_size / torch.where(going, size, 1.0) * direction, direction)
         size = new_size
     p = (f_rest - from_columns(q)) / row_diagonal
     return a * p + row0, b * q + column0
+
+
+def alternate(alternation: Alternation) -> tuple[Tensor, Tensor, Tensor]:
+    """The last potential [P, M], and the normalisers of rows [iterations, P, N] and of columns [iterations, P, M]."""
+    rows, columns, potential, cost = [], [], alternation.start, alternation.cost
+    for _ in range(alternation.iterations):
+        rows.append((potential.unsqueeze(1) - cost).logsumexp(2))
+        columns.append(((alternation.log_a - alternation.share_a * rows[-1]).unsqueeze(2) - cost).logsumexp(1))
+        potential = alternation.log_b - alternation.share_b * columns[-1]
+    return potential, torch.stack(rows), torch.stack(columns)
+
+
+def alternate_gradient(alternation: Alternation, rows: Tensor, columns: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient to the costs [P, N, M], from the one to the last potential: the iterations once more, backwards."""
+    t, cost = alternation, alternation.cost
+    result = torch.zeros_like(cost)
+    for step in reversed(range(t.iterations)):
+        of_rows = (t.log_a - t.share_a * rows[step]).unsqueeze(2)
+        flow = (of_rows - cost - columns[step].unsqueeze(1)).exp_().mul_(t.share_b * gradient.unsqueeze(1))
+        result += flow
+        row_gradient = -flow.sum(2, keepdim=True)
+        before = t.start if step == 0 else t.log_b - t.share_b * columns[step - 1]
+        flow = (before.unsqueeze(1) - cost - rows[step].unsqueeze(2)).exp_().mul_(t.share_a * row_gradient)
+        result += flow
+        gradient = -flow.sum(1)
+    return result

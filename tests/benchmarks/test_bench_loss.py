@@ -1,4 +1,4 @@
-"""Every provider of bench_loss.py computes one-sided InfoNCE, a wrong one is caught, and a run leaves its files."""
+"""Every provider of bench_loss.py computes the same loss, a wrong one is caught, and a run leaves its files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,38 @@ from bench_loss import Size
 from seer_kernels import backends
 
 SIZE = Size(2, 12, 40)
-LOSSES = ("native", "idiomatic", "paper", "pml")
+LOSSES = ("native", "idiomatic", "paper", "pml", "st", "open_clip")
+EVERYONE = ("native", "triton", "idiomatic", "compiled", "paper", "pml", "st", "open_clip", "inf_cl", "floor")
 
 
-def setup(name: str, dtype: torch.dtype = torch.float32):
-    case = bench_loss.make_case(SIZE, dtype, torch.device("cpu"))
+def setup(name: str, dtype: torch.dtype = torch.float32, loss: str = "info_nce"):
+    size = dataclasses.replace(SIZE, loss=loss)
+    case = bench_loss.make_case(size, dtype, torch.device("cpu"))
     provider = bench_loss.make_providers()[name]
     if reason := provider.left_out(case):
         pytest.skip(f"{name}: {reason}")
-    return case, provider, bench_loss.make_pairs(SIZE, dtype, torch.device("cpu"), seed=3)
+    return case, provider, bench_loss.make_pairs(size, dtype, torch.device("cpu"), seed=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", bench_loss.LOSSES)
 @pytest.mark.parametrize("name", [*LOSSES, "floor"])
-def test_every_provider_passes_its_check(name, dtype):
-    case, provider, pairs = setup(name, dtype)
+def test_every_provider_passes_its_check(name, loss, dtype):
+    case, provider, pairs = setup(name, dtype, loss)
     check = provider.check(case, pairs, provider.prepare(case)(pairs))
     assert check.passed, check
 
 
+def test_the_compiled_one_passes_its_check():
+    case, provider, pairs = setup("compiled")
+    check = provider.check(case, pairs, provider.prepare(case)(pairs))
+    assert check.passed, check
+
+
+@pytest.mark.parametrize("loss", bench_loss.LOSSES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_wrong_temperature_is_caught(name, monkeypatch):
-    case, provider, pairs = setup(name)
+def test_a_wrong_temperature_is_caught(name, loss, monkeypatch):
+    case, provider, pairs = setup(name, loss=loss)
     bench_loss.truth(pairs)  # at the right temperature; kept
     monkeypatch.setattr(bench_loss, "TEMPERATURE", 0.1001)
     assert not provider.check(case, pairs, provider.prepare(case)(pairs)).passed
@@ -90,7 +100,9 @@ def test_idiomatic_memory_at_least_holds_the_logits_and_the_normalised_copies():
     assert peak + 4 * gradients >= 4 * (gradients + logits)
 
 
-@pytest.mark.parametrize("text", ["", "abc", "12", "0x4", "4x0", "-2x4", "1x2x3x4", "1x64", "12X4"])
+@pytest.mark.parametrize(
+    "text", ["", "abc", "12", "clip:12", "nt_xent:12x4", "0x4", "4x0", "-2x4", "1x2x3x4", "1x64", "12X4"]
+)
 def test_bad_sizes(text):
     with pytest.raises(argparse.ArgumentTypeError, match="got"):
         Size.parse(text)
@@ -99,7 +111,9 @@ def test_bad_sizes(text):
 def test_sizes():
     assert Size.parse("1024x128") == Size(1, 1024, 128)
     assert Size.parse("3x32x4096") == Size(3, 32, 4096)
-    regimes = [size.regime for size in bench_loss.SIZES]
+    assert Size.parse("clip:64x32") == Size(1, 64, 32, "clip")
+    assert Size.parse("siglip:2x64x32").name == "siglip, N=64, D=32, 2 problems"
+    regimes = [size.regime for size in bench_loss.SIZES if size.loss == "info_nce"]
     assert regimes == ["launch latency"] * 2 + ["small D"] + ["products dominate"] * 3
 
 
@@ -110,11 +124,11 @@ def brief(monkeypatch):
 
 
 def test_a_run_writes_its_table_figures_and_picture(tmp_path, capsys, brief):
-    assert bench_loss.main(["--sizes", "8x16", "2x6x32", "--out", str(tmp_path)]) == 0
+    assert bench_loss.main(["--sizes", "8x16", "clip:6x32", "--out", str(tmp_path)]) == 0
     with (tmp_path / "bench_loss-partial.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["case"], r["provider"]) for r in rows] == [
-        (case, name) for case in ("N=8, D=16", "N=6, D=32, 2 problems") for name in (*LOSSES, "floor")
+        (case, name) for case in ("N=8, D=16", "clip, N=6, D=32") for name in EVERYONE
     ]
     for row in rows:
         if row["status"] == "ok":
@@ -126,7 +140,8 @@ def test_a_run_writes_its_table_figures_and_picture(tmp_path, capsys, brief):
     assert (tmp_path / "bench_loss-partial.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "pytorch-metric-learning" in printed
-    assert "N=6, D=32, 2 problems" in printed
+    assert "clip, N=6, D=32" in printed
+    assert "Inf-CL: left out: " in printed
 
 
 def test_a_failed_check_sets_the_exit_code_and_leaves_no_time(tmp_path, capsys, brief, monkeypatch):
@@ -145,6 +160,15 @@ def test_a_failed_check_sets_the_exit_code_and_leaves_no_time(tmp_path, capsys, 
     assert "failed idiomatic on N=8, D=16" in captured.err
 
 
+def test_the_failure_of_another_package_is_none_of_the_run(tmp_path, brief, monkeypatch):
+    providers = bench_loss.make_providers()
+    wrong = dataclasses.replace(providers["idiomatic"], check=lambda *_: harness.Check("loss", 1.0, 1e-6), foreign=True)
+    monkeypatch.setattr(bench_loss, "make_providers", lambda *limit: providers | {"idiomatic": wrong})
+    assert bench_loss.main(["--sizes", "8x16", "--providers", "idiomatic", "floor", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "bench_loss-partial.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["status"] == "failed"
+
+
 @pytest.mark.skipif("cpu" not in backends()["native"].devices, reason=backends()["native"].reason)
 def test_native_is_measured_where_it_is_built(tmp_path, brief):
     assert bench_loss.main(["--sizes", "8x16", "--providers", "native", "--out", str(tmp_path)]) == 0
@@ -156,4 +180,5 @@ def test_native_is_measured_where_it_is_built(tmp_path, brief):
 def test_a_missing_peer_is_left_out(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     case = bench_loss.make_case(SIZE, torch.float32, torch.device("cpu"))
-    assert bench_loss.make_providers()["pml"].left_out(case) == "not installed"
+    for name in ("pml", "st"):
+        assert bench_loss.make_providers()[name].left_out(case) == "not installed"

@@ -14,7 +14,7 @@ from bench_sinkhorn import Batch
 from harness import Outputs
 
 WHERE = (torch.float32, torch.device("cpu"))
-SMALL = (Batch("equal", 3, 20, 64), Batch("mixed", 4, 20, 32), Batch("ragged", 12, 48, 8))
+SMALL = (Batch("equal", 3, 20, 64), Batch("mixed", 4, 20, 32), Batch("ragged", 12, 48, 8), Batch("squared", 1, 40, 16))
 
 
 @pytest.mark.parametrize("batch", SMALL, ids=lambda b: b.kind)
@@ -28,7 +28,7 @@ def test_every_provider_passes_its_check_and_a_wrong_value_is_caught(name: str, 
     check = provider.check(case, problems, outputs)
     assert check.passed, check
     wrong = outputs.value.detach().clone()
-    wrong[0] *= 1.01
+    wrong.view(-1)[0] *= 1.01
     assert not provider.check(case, problems, Outputs(wrong, ())).passed
 
 
@@ -36,12 +36,13 @@ def test_a_run_leaves_its_files(tmp_path, monkeypatch) -> None:
     small = dataclasses.replace(bench_sinkhorn.BENCHMARK, sizes_quick=SMALL)
     monkeypatch.setattr(bench_sinkhorn, "BENCHMARK", small)
     monkeypatch.setattr(bench_sinkhorn.harness, "BUDGET", 0.1)
-    providers = ["native", "stopping", "points", "groups"]
+    providers = ["native", "stopping", "points", "groups", "floor"]
     assert bench_sinkhorn.main(["--quick", "--out", str(tmp_path), "--providers", *providers]) == 0
     rows = list(csv.DictReader((tmp_path / "bench_sinkhorn-quick-partial.csv").open()))
     assert {(row["kind"], row["provider"]) for row in rows if row["status"] == "ok"} == {
-        *(("equal", name) for name in ("native", "stopping", "points")),
-        *(("mixed", name) for name in ("native", "stopping")),
+        *(("equal", name) for name in ("native", "stopping", "points", "floor")),
+        *(("mixed", name) for name in ("native", "stopping", "floor")),
+        *(("squared", name) for name in ("native", "stopping", "points", "floor")),
         *(("ragged", name) for name in ("points", "groups")),
     }
     figures = json.loads((tmp_path / "bench_sinkhorn-quick-partial.json").read_text())["figures"]

@@ -161,6 +161,20 @@ def test_an_exception_fails_its_provider_only():
     assert b.status == "ok"
 
 
+def test_a_backend_that_does_not_serve_a_problem_is_left_out():
+    def refusing(case: Case):
+        raise RuntimeError("backend='native' cannot run on cuda: small ones only. Available there: 'auto', 'triton'")
+
+    (result,) = harness.measure(CASE, [dataclasses.replace(provider("a"), prepare=refusing)], range(2), CPU)
+    assert (result.status, result.reason) == ("left out", "backend='native' cannot run on cuda: small ones only")
+
+
+def test_ceilings_are_rates_of_known_work(monkeypatch):
+    monkeypatch.setattr(harness, "_last_level_cache", lambda device: 1 << 20)
+    monkeypatch.setattr(harness, "_timed", lambda call, device: (call(), 0.5))
+    assert harness.ceilings(CPU, torch.float32) == (2 * 1024**3 / 0.5, 2 * (4 << 20) / 0.5)
+
+
 def test_a_provider_left_out_says_why_and_never_runs():
     log: list[str] = []
     (result,) = harness.measure(CASE, [provider("a", log, left_out=lambda case: "not installed")], range(2), CPU)

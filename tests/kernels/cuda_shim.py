@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,38 @@ class FusedGradients(ctypes.Structure):
     )
 
 
+def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _pointers(*names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, ctypes.c_void_p) for name in names)
+
+
+TRANSPORT = _structure(
+    "Transport",
+    *((name, ctypes.c_int64) for name in ("B", "n", "m")),
+    *_pointers("cost", "a", "b", "eps", "x_lengths", "y_lengths"),
+    *((name, ctypes.c_double) for name in ("tau_a", "tau_b")),
+    ("scale_cost", ctypes.c_int),
+)
+"""`seer::Transport`; likewise the three below, whose fields are the arguments of the compiled functions."""
+
+STOPPING = _structure(
+    "Stopping",
+    ("max_iterations", ctypes.c_int64),
+    *((name, ctypes.c_double) for name in ("tolerance", "above", "start", "factor", "until")),
+)
+POTENTIALS = _structure(
+    "Potentials",
+    *_pointers("value", "transport_cost", "f", "g", "scale", "marginal_error", "iterations", "converged", "usable"),
+)
+TRANSPORT_GRADIENT = _structure(
+    "TransportGradient",
+    *_pointers("value", "transport_cost", "f", "g", "scale", "cost_gradient", "a_gradient", "b_gradient"),
+)
+
+
 class CudaShim:
     """Has the CPU kernels' functions of `seer_kernels._native`, and runs the CUDA kernels in them."""
 
@@ -94,7 +127,8 @@ class CudaShim:
         self._library = ctypes.CDLL(str(library))
         self.calls = 0
         for suffix in ("f32", "f64"):
-            for name in ("contrastive_rows", "project_rows", "fused_loss", "fused_gradients"):
+            names = ("contrastive_rows", "project_rows", "fused_loss", "fused_gradients")
+            for name in (*names, "sinkhorn_scratch", "sinkhorn_solve", "sinkhorn_gradient"):
                 getattr(self._library, f"{name}_{suffix}").restype = ctypes.c_char_p
         self._library.fused_scratch.restype = ctypes.c_char_p
         self._library.copied_bytes.restype = ctypes.c_int64
@@ -169,6 +203,42 @@ class CudaShim:
         if error is not None:
             raise RuntimeError(error.decode())
         return values.value
+
+    def _sinkhorn_scratch(self, suffix: str, transport: ctypes.Structure, *, gradient: bool, device: int) -> int:
+        size = ctypes.c_int64()
+        function = getattr(self._library, f"sinkhorn_scratch_{suffix}")
+        error = function(ctypes.byref(transport), ctypes.c_bool(gradient), ctypes.byref(size))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return size.value
+
+    def _sinkhorn_solve(
+        self, suffix: str, transport: ctypes.Structure, *, scratch: int, device: int, stream: int, **arguments: Any
+    ) -> None:
+        stopping = STOPPING(**{name: arguments.pop(name) for name, _ in STOPPING._fields_})
+        assert arguments.keys() == {name for name, _ in POTENTIALS._fields_}
+        parts = (ctypes.byref(part) for part in (transport, stopping, POTENTIALS(**arguments)))
+        self._check(getattr(self._library, f"sinkhorn_solve_{suffix}")(*parts, ctypes.c_void_p(scratch)))
+
+    def _sinkhorn_gradient(
+        self, suffix: str, transport: ctypes.Structure, *, scratch: int, device: int, stream: int, **arguments: Any
+    ) -> None:
+        at = POTENTIALS(**{name: arguments.pop(name) for name in ("f", "g", "scale")})
+        outputs = ("cost_gradient", "a_gradient", "b_gradient")
+        gradient = TRANSPORT_GRADIENT(
+            **{name if name in outputs else name.removesuffix("_gradient"): value for name, value in arguments.items()}
+        )
+        parts = (ctypes.byref(part) for part in (transport, at, gradient))
+        self._check(getattr(self._library, f"sinkhorn_gradient_{suffix}")(*parts, ctypes.c_void_p(scratch)))
+
+    Transport_f32 = Transport_f64 = TRANSPORT
+
+    sinkhorn_scratch_f32 = partialmethod(_sinkhorn_scratch, "f32")
+    sinkhorn_scratch_f64 = partialmethod(_sinkhorn_scratch, "f64")
+    sinkhorn_solve_cuda_f32 = partialmethod(_sinkhorn_solve, "f32")
+    sinkhorn_solve_cuda_f64 = partialmethod(_sinkhorn_solve, "f64")
+    sinkhorn_gradient_cuda_f32 = partialmethod(_sinkhorn_gradient, "f32")
+    sinkhorn_gradient_cuda_f64 = partialmethod(_sinkhorn_gradient, "f64")
 
     def fused_loss_f32(self, operands: Operands, **arguments: Any) -> None:
         self._fused_loss("f32", operands, **arguments)

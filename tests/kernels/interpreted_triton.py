@@ -328,3 +328,74 @@ def test_double_precision_is_refused_and_auto_goes_on() -> None:
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run on cpu: it has no kernels for torch.float64"):
         info_nce(query, key, backend="triton")
     assert torch.isfinite(info_nce(query, key)).all()
+
+
+@pytest.fixture
+def atomics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SEER_KERNELS_ATOMICS", "1")
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def sides_added(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Grows by what each narrow gradient adds up by atomics."""
+    sides: list[int | None] = []
+    choose = triton_kernels._Run._side_to_add
+    monkeypatch.setattr(triton_kernels._Run, "_side_to_add", lambda run: (sides.append(choose(run)), sides[-1])[1])
+    return sides
+
+
+@pytest.mark.usefixtures("atomics")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_atomics_are_as_exact(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    sides, turn = sides_added(monkeypatch), LOSSES.index(loss)
+    inputs = features(1 + turn % 2, 18, 21, 19, DTYPES[turn % 3])
+    rule = ["negative", "ignore", "positive"][turn % 3]
+    options = {**labels_and_weights(1 + turn % 2, 18, 21), "same_label": rule, "temperature": 0.2}
+    ours, usual = partial(call, loss, backend="triton"), partial(plain_torch, loss)
+    assert_as_exact_as_plain_torch(ours, usual, inputs, **options)
+    assert sides
+    assert set(sides) == {None if loss in ("nt_xent", "sup_con") else 0}
+
+
+@pytest.mark.usefixtures("atomics")
+@pytest.mark.parametrize("wanted", [("query",), ("key",), ("query", "key")], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(18, 21), (21, 5)], ids=["more keys", "more queries"])
+@pytest.mark.parametrize("busy", [1, 8192])
+def test_the_shorter_side_is_added_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch, wanted: tuple[str, ...], n: int, m: int, busy: int
+) -> None:
+    monkeypatch.setattr(triton_kernels, "BUSY_ROWS", busy)
+    sides = sides_added(monkeypatch)
+    query, key = features(2, n, m, 19, torch.float32)
+    labels = torch.arange(n) % 5, torch.arange(m) % 5
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_(name in wanted) for name, x in (("query", query), ("key", key))]
+        loss = call("sup_con_keys", *leaves, query_labels=labels[0], key_labels=labels[1], backend=backend).sum()
+        results.append(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    shorter = int(m < n)
+    pays = ("query", "key")[shorter] in wanted and (len(wanted) == 2 or busy > 1)
+    assert sides == [shorter if pays else None]
+
+
+@pytest.mark.usefixtures("atomics")
+def test_wide_features_and_deterministic_mode_take_no_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = sides_added(monkeypatch)
+    leaves = [x.requires_grad_() for x in features(1, 18, 21, 19, torch.float32)]
+    info_nce(*leaves, backend="triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    info_nce(*leaves, backend="triton")
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(triton_kernels, "ADDED_BYTES", 64)
+    info_nce(*leaves, backend="triton")
+    monkeypatch.setenv("SEER_KERNELS_ATOMICS", "0")
+    monkeypatch.setattr(triton_kernels, "ADDED_BYTES", 256)
+    info_nce(*leaves, backend="triton")
+    assert sides == [0, None, None, None]
+    monkeypatch.setenv("SEER_KERNELS_ATOMICS", "yes")
+    with pytest.raises(ValueError, match="SEER_KERNELS_ATOMICS must be 0 or 1; got 'yes'"):
+        info_nce(*leaves, backend="triton")

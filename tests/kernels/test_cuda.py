@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from seer_kernels import info_nce
+from seer_kernels import info_nce, sinkhorn, sinkhorn_from_cost
 from seer_kernels.contrastive import native
 from seer_kernels.contrastive.problem import SAME_LABEL
 
@@ -248,3 +248,145 @@ def test_tensors_on_another_device_than_the_current_one(shape: tuple[int, int, i
         assert torch.cuda.current_device() == 0
     for got, true in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-6)
+
+
+TRANSPORT_SIZES = [(3, 1, 1), (5, 16, 9), (300, 33, 20), (2, 100, 128), (2, 128, 128), (3, 200, 140), (2, 300, 500)]
+"""Problems and points: in registers up to 128 x 128 in fp32, then in shared memory, then in scratch memory."""
+
+
+def transport_inputs(B: int, n: int, m: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Costs between clouds, and weights, some of them 0."""
+    generator = torch.Generator().manual_seed(n + m)
+    x, y = (torch.randn(B, points, 2, generator=generator, dtype=torch.float64) for points in (n, m))
+    a, b = (torch.rand(B, points, generator=generator, dtype=torch.float64) + 0.1 for points in (n, m))
+    if n > 2:
+        a[:, 1::3] = 0.0
+    inputs = [torch.cdist(x, y).square(), a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)]
+    return [v.to(dtype) for v in inputs]
+
+
+def transported(inputs: list[Tensor], device: str, backend: str, **options: Any) -> list[Tensor]:
+    """Results, and the gradients of some of them to costs and weights, on the CPU."""
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    result = sinkhorn_from_cost(leaves[0], a=leaves[1], b=leaves[2], gradient="implicit", backend=backend, **moved)
+    total = result.value.sum() + 2 * result.transport_cost.sum() + result.f.square().sum()
+    gradients = list(torch.autograd.grad(total, leaves))
+    if options.get("tau_a") is None and options.get("tau_b") is None:  # to weights up to a constant
+        for which in (1, 2):
+            weighted = gradients[which] * inputs[which].to(device)
+            gradients[which] = gradients[which] - weighted.sum(-1, keepdim=True)
+    return [v.detach().cpu() for v in (result.value, result.transport_cost, result.f, result.g, *gradients)]
+
+
+@pytest.mark.parametrize("scale", [None, "mean", "max"])
+@pytest.mark.parametrize("relaxed", [(None, None), (0.7, 0.2)])
+def test_transport_against_the_reference(relaxed: tuple[Any, Any], scale: str | None) -> None:
+    options = {"tau_a": relaxed[0], "tau_b": relaxed[1], "eps": 0.3, "scale_cost": scale, "tolerance": 1e-11}
+    for size in TRANSPORT_SIZES:
+        inputs = transport_inputs(*size)
+        actual = transported(inputs, DEVICE, "native", max_iterations=5000, **options)
+        expected = transported(inputs, "cpu", "reference", max_iterations=5000, **options)
+        for got, true in zip(actual, expected, strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-7)
+
+
+def test_transport_in_single_precision() -> None:
+    """Ragged, each problem with its own eps, the smallest ones annealed and absorbed."""
+    for B, n, m in TRANSPORT_SIZES:
+        inputs = transport_inputs(B, n, m)
+        inputs[1], inputs[2] = torch.full_like(inputs[1], 1 / n), torch.full_like(inputs[2], 1 / m)
+        options = {"eps": torch.logspace(0, -2, B, dtype=torch.float64), "scale_cost": "mean", "max_iterations": 5000}
+        exact = sinkhorn_from_cost(inputs[0], **options, tolerance=1e-8)
+        options["eps"] = options["eps"].float().to(DEVICE)
+        result = sinkhorn_from_cost(inputs[0].float().to(DEVICE), **options, tolerance=5e-4, backend="native")
+        assert result.converged.all()
+        torch.testing.assert_close(result.value.cpu().double(), exact.value, rtol=2e-4, atol=1e-5)
+
+
+def test_transport_is_one_launch_each_way_and_the_same_bit_for_bit() -> None:
+    torch.use_deterministic_algorithms(False)  # which fills fresh memory
+    cost = transport_inputs(200, 100, 90, torch.float32)[0].to(DEVICE).requires_grad_()
+    results = [sinkhorn_from_cost(cost, gradient="implicit", backend="native")]  # warm
+    forward = kernels_of(
+        lambda: results.append(sinkhorn_from_cost(cost, gradient="implicit", eps=0.5, backend="native"))
+    )
+    assert sum("sinkhorn_solve_kernel" in name for name in forward) == 1, forward
+    gradients = []
+    total = results[-1].transport_cost.sum()
+    backward = kernels_of(lambda: gradients.extend(torch.autograd.grad(total, cost, retain_graph=True)))
+    assert sum("sinkhorn_gradient_kernel" in name for name in backward) == 1, backward
+    for _ in range(5):
+        again = sinkhorn_from_cost(cost, gradient="implicit", eps=0.5, backend="native")
+        torch.testing.assert_close(again.f, results[-1].f, rtol=0, atol=0)
+        gradients.extend(torch.autograd.grad(again.transport_cost.sum(), cost))
+        torch.testing.assert_close(gradients[-1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(4, 50, 40), (200, 300, 500)], ids=["registers", "scratch"])
+def test_a_graph_captures_transport_and_its_gradient(size: tuple[int, int, int]) -> None:
+    """Replays follow new costs; nothing waits, so a problem that cannot be used is NaN and no other is."""
+    costs = [transport_inputs(*size, torch.float32)[0] for _ in range(2)]
+    costs[1] = costs[1] + torch.rand(size, generator=torch.Generator().manual_seed(0))
+    static = costs[0].to(DEVICE).requires_grad_()
+
+    def step() -> list[Tensor]:
+        result = sinkhorn_from_cost(static, eps=0.5, max_iterations=30, tolerance=0.5, backend="native")
+        return [result.value, *torch.autograd.grad(result.value.sum(), static)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for cost in costs:
+        static.data.copy_(cost)
+        graph.replay()
+        for got, true in zip(captured, step(), strict=True):
+            torch.testing.assert_close(got, true, rtol=0, atol=0)
+    static.data[1, 0, 0] = torch.nan
+    graph.replay()
+    assert captured[0].isnan().nonzero().flatten().tolist() == [1]
+    with pytest.raises(ValueError, match="problem 1 holds NaN"):
+        step()
+
+
+def test_transport_on_the_current_stream_and_another_device() -> None:
+    """Costs that arrive late on a side stream: a kernel on any other stream would read NaN."""
+    cost = transport_inputs(4, 40, 30, torch.float32)[0]
+    expected = sinkhorn_from_cost(cost.double(), eps=0.5, tolerance=1e-8).value
+    late, source = torch.full_like(cost, torch.nan, device=DEVICE), cost.to(DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+        late.copy_(source)
+        value = sinkhorn_from_cost(late, eps=0.5, backend="native").value
+    torch.cuda.synchronize()
+    torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+    if torch.cuda.device_count() > 1:
+        with torch.cuda.device(0):
+            value = sinkhorn_from_cost(cost.to("cuda:1"), eps=0.5, backend="native").value
+            assert torch.cuda.current_device() == 0
+        torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ground", ["sqeuclidean", "euclidean", "cosine"])
+def test_transport_between_clouds(ground: str) -> None:
+    """Costs are exact far from the origin and for duplicated points, also where products may be rounded to tf32."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, points, 300, generator=generator) for points in (60, 50))
+    y[:, 5] = x[:, 3]
+    if ground != "cosine":
+        x, y = x + 100, y + 100
+    exact = sinkhorn(x.double(), y.double(), cost=ground, eps=0.5, scale_cost="mean", tolerance=1e-8)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        result = sinkhorn(x.to(DEVICE), y.to(DEVICE), cost=ground, eps=0.5, scale_cost="mean", backend="native")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.testing.assert_close(result.cost.cpu().double(), exact.cost, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.value.cpu().double(), exact.value, rtol=1e-3, atol=1e-5)

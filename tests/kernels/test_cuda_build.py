@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from seer_kernels import _dispatch, _native, info_nce
+from seer_kernels import _dispatch, _native, info_nce, sinkhorn_from_cost
 from seer_kernels.contrastive import native
 from seer_kernels.contrastive.problem import PairSlopes
+from seer_kernels.sinkhorn import native as transport
+from seer_kernels.sinkhorn.problem import Cotangents
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -45,9 +47,9 @@ def test_nothing_spills(source: str, target: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
     report = re.findall(r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill", result.stderr)
-    kernels = set(re.findall(r"SEER_KERNEL\S* (\w+)\(", (ROOT / source).read_text()))
+    kernels = set(re.findall(r"SEER_KERNEL\S*\s+(\w+)\(", (ROOT / source).read_text()))
     assert kernels
-    # Each for fp32 and fp64, each with packs and without; or each for four dtypes.
+    # Each for fp32 and fp64, each with packs or in registers and without; or each for four dtypes.
     assert len(report) == 4 * len(kernels), result.stderr
     assert all(any(kernel in name for kernel in kernels) for name, *_ in report)
     spilling = {name: (frame, spilled) for name, frame, spilled in report if (frame, spilled) != ("0", "0")}
@@ -122,6 +124,39 @@ def test_refused_launches_of_small_problems_say_why(dtype: torch.dtype, monkeypa
         slopes = PairSlopes(*(values.double() for values in slopes))
     with pytest.raises(RuntimeError, match=r"fused_gradients on cuda:999 failed: .* \(cudaError\w+\)"):
         native.gradients_from_slopes(x, x, slopes, None, False, (True, True))
+
+
+@built_with_cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_refused_launches_of_optimal_transport_say_why(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python hands over is what the compiled functions take; where there is no such device, the first of them to
+    ask for its properties says so, and with what it would answer the launch does."""
+    monkeypatch.setattr(transport, "_is_cuda", lambda device: True)
+    monkeypatch.setattr(transport, "_place", lambda device: {"device": 999, "stream": 0})
+    cost = torch.ones(2, 3, 4, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"sinkhorn_solve on cuda:999 failed: .* \(cudaError\w+\)"):
+        sinkhorn_from_cost(cost, backend="native")
+    weights = torch.ones(2, 3, dtype=dtype), torch.ones(2, 4, dtype=dtype)
+    scale = torch.ones(2, dtype=dtype)
+    problem = transport.Problem(cost, *weights, scale, None, None, 1.0, 1.0, None, 10, 1e-3)
+    arrived = Cotangents(scale, None, None, None, None)
+    with pytest.raises(RuntimeError, match=r"sinkhorn_gradient on cuda:999 failed: .* \(cudaError\w+\)"):
+        transport.gradients(problem, *weights, scale, arrived)
+    for kernel in ("solve", "gradient"):
+        size = f"sinkhorn_scratch_{'f64' if dtype == torch.float64 else 'f32'}"
+        monkeypatch.setattr(transport, "_native", WithScratch(size))
+        with pytest.raises(RuntimeError, match=rf"sinkhorn_{kernel} on cuda:999 failed: .* \(cudaError\w+\)"):
+            transport.solve(problem) if kernel == "solve" else transport.gradients(problem, *weights, scale, arrived)
+
+
+class WithScratch:
+    """The compiled module, but for one function that answers without a device."""
+
+    def __init__(self, name: str) -> None:
+        setattr(self, name, lambda *arguments, **options: 64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_native, name)
 
 
 @built_with_cuda

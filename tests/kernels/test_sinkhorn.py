@@ -182,6 +182,22 @@ def test_divergence_of_equal_clouds_is_zero_and_of_others_positive(backend: str,
     assert (relaxed > 1e-3).all()
 
 
+def test_divergence_of_ragged_scaled_clouds_has_the_gradient_of_each_alone(backend: str) -> None:
+    """Costs past the lengths are undefined, whatever the memory held before."""
+    x, y = clouds((3, 9, 4), (3, 9, 4))
+    x.requires_grad_()
+    lengths = torch.tensor([4, 9, 2])
+    options: dict[str, Any] = {"scale_cost": "mean", "eps": 0.3, "tolerance": 1e-8, "backend": backend}
+    for _ in range(5):
+        freed = [torch.full((size,), math.nan, dtype=F64) for size in range(1, 400, 7)]
+        del freed
+        values = sinkhorn_divergence(x, y, x_lengths=lengths, y_lengths=lengths, **options)
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+        alone = [sinkhorn_divergence(x[i, :n], y[i, :n], **options) for i, n in enumerate(lengths)]
+        torch.testing.assert_close(values, torch.stack(alone))
+        torch.testing.assert_close(gradient, torch.autograd.grad(torch.stack(alone).sum(), x)[0], rtol=1e-5, atol=1e-8)
+
+
 def test_gaussians(backend: str) -> None:
     """Shifted Gaussian clouds: the debiased distance is |shift|^2 exactly, as every plan's cost moves alike."""
     (x,) = clouds((1, 40, 2))

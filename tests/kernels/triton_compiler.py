@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seer_kernels.contrastive import triton_kernels
+from seer_kernels.sinkhorn import triton_kernels as transport
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def multiplies(self) -> bool:
-        return self.kernel in ("multiply", "gradient") or ("products", None) in self.switches
+        return self.kernel in ("multiply", "gradient", "gradients") or ("products", None) in self.switches
 
     def __str__(self) -> str:
         return "-".join([self.kernel, str(self.config), str(self.dtype)[6:], *(f"{k}={v}" for k, v in self.switches)])
@@ -65,9 +66,9 @@ class Binary(NamedTuple):
     assembly: str
 
 
-def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _switches(kernel: str, target: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The sets of switches that a kernel is compiled with: the one that needs most registers first."""
-    precision = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+    precision = {"PRECISION": "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"}
     width = 64 if dtype == torch.float32 else 256
     unit = {} if dtype == torch.float16 else {"unit": None}
     pairs = {"bias": None, "RULE": 2, "SELF": False, "X_WEIGHTED": True, "Y_WEIGHTED": True}
@@ -85,11 +86,15 @@ def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     if kernel == "slopes":
         block = {**unit, "BLOCK_X": 16, "BLOCK_Y": 128}
         return [{**block, **pairs}, {**block, **few, "y_anchors": None}, {**block, **sigmoid, "y_anchors": None}]
-    if kernel == "gradient":
+    if kernel in ("gradient", "gradients"):
+        wide = width if kernel == "gradient" else triton_kernels.ADDED_BYTES // dtype.itemsize
+        uses = [pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}]
+        uses = [*uses, alone] if kernel == "gradient" else [*uses, {**pairs, "gradient": None}]
         return [
             {**precision, **unit, **each, "EVEN": even, "BLOCK_D": block}
-            for each in (pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}, alone)
-            for even, block in ((True, width), (False, width // 2), (True, 16))
+            | ({"y_gradient": None} if kernel == "gradient" else {})
+            for each in uses
+            for even, block in ((True, wide), (False, wide // 2), (True, 16))
         ]
     if kernel == "statistics":
         alone_rows = {**alone, "column_parts": None}
@@ -110,7 +115,7 @@ def _switches(kernel: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     return rows if kernel == "inverse_norms" else [{**unit, **each} for each in rows]
 
 
-_KERNELS = ("multiply", "statistics", "gradient", "slopes", "settle", "merge", "inverse_norms", "project")
+_KERNELS = ("multiply", "statistics", "gradient", "gradients", "slopes", "settle", "merge", "inverse_norms", "project")
 
 
 def every_case() -> list[tuple[str, Case]]:
@@ -119,7 +124,7 @@ def every_case() -> list[tuple[str, Case]]:
         for target in TARGETS
         for kernel in _KERNELS
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for switches in _switches(kernel, dtype)
+        for switches in _switches(kernel, target, dtype)
         for config in _usable(kernel, target, switches, dtype)
     ]
 
@@ -128,8 +133,8 @@ def some_cases() -> list[tuple[str, Case]]:
     """The largest usable configuration of each kernel that multiplies, with most switches on; and one of each other."""
     cases = []
     for target in TARGETS:
-        for kernel in _KERNELS if target == "sm_90" else _KERNELS[:3]:
-            switches = _switches(kernel, torch.bfloat16)[0]
+        for kernel in _KERNELS if target == "sm_90" else _KERNELS[:4]:
+            switches = _switches(kernel, target, torch.bfloat16)[0]
             config = _usable(kernel, target, switches, torch.bfloat16)[-1]
             cases.append((target, Case(kernel, config, torch.bfloat16, tuple(switches.items()))))
     return cases
@@ -140,10 +145,15 @@ def _usable(kernel: str, target: str, switches: dict[str, Any], dtype: torch.dty
     tuner = getattr(triton_kernels, f"_tuned_{kernel}", None)
     if tuner is None:
         return [0]
-    arguments = {name: torch.empty(0, dtype=dtype) for name in tuner.arg_names if name in ("a", "x", "row_parts")}
+    known = ("a", "x", "row_parts", "column_parts", "y_gradient")
+    arguments = {name: torch.empty(0, dtype=dtype) for name in tuner.arg_names if name in known}
     with mock.patch.object(triton_kernels, "_shared_memory", return_value=SHARED_LIMITS[target]):
-        usable = triton_kernels._usable_configs(tuner.configs, {"column_parts": 0, **arguments}, **switches)
+        usable = triton_kernels._usable_configs(tuner.configs, arguments, **switches)
     return [tuner.configs.index(config) for config in usable]
+
+
+FEW_SPILLED = 24
+"""Bytes, six registers: what some of all compilations spill. Whether within a loop has not been looked at."""
 
 
 def allowed_spills(case: Case) -> int:
@@ -173,10 +183,20 @@ def compile_case(case: Case, target: str) -> Binary:
             signature[name] = _TYPES[case.dtype] if name in _FEATURES else "*i32" if name in _LABELS else "*fp32"
         if name not in _UNALIGNED:  # sizes that are multiples of 16: what the launcher promises of such
             attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compiled(kernel, signature, constants, attributes, target, options)
+
+
+def _compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[Any, Any],
+    target: str,
+    options: dict[str, int],
+) -> Binary:
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": config.num_warps, "num_stages": config.num_stages}
-    )
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         spilled = 4 * sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", assembly))
@@ -199,3 +219,91 @@ def _stack_bytes(cubin: bytes) -> int:
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     return max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
+class TransportCase(NamedTuple):
+    """One kernel of optimal transport: values of its constexpr arguments, and None for tensors that are left out."""
+
+    kernel: str
+    warps: int
+    switches: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return "-".join([self.kernel, str(self.warps), *(f"{k}={v}" for k, v in self.switches)])
+
+
+_TRANSPORT_TYPES = {
+    **dict.fromkeys(("n", "m", "count", "parts", "part_rows", "blocks", "row_count", "column_count"), "i32"),
+    **dict.fromkeys(("tau_a", "tau_b", "tolerance", "anneal_tolerance", "anneal_factor", "constant_rate"), "fp32"),
+    **dict.fromkeys(("active", "clean", "iterations"), "*i32"),
+    **dict.fromkeys(("x_lengths", "y_lengths"), "*i64"),
+    "max_iterations": "i32",
+    "totals": "*fp64",
+}
+
+
+def every_transport_case() -> list[tuple[str, TransportCase]]:
+    widths = [transport.SMALL_COLUMNS]
+    while widths[-1] <= transport.RESIDENT_COLUMNS:
+        widths.append(2 * widths[-1])
+    equal = {"x_lengths": None, "y_lengths": None}
+    one_sided = {"columns": None, "offset": None, "slope": None}
+    sweeps: dict[bool, list[tuple[str, dict[str, Any]]]] = {
+        True: [
+            ("iterate", {"RELAXED": False, "ahead": None, **equal}),
+            ("sweep", {"COSTS": True, **equal}),
+            ("sweep", {"COSTS": False, **equal}),
+            ("sweep", {"COSTS": True, **equal, **one_sided}),
+        ],
+        False: [("iterate", {"RELAXED": True}), ("sweep", {"COSTS": True})],
+    }
+    tile = {"ROWS": 4, "COLUMNS": transport.ELEMENTWISE_COLUMNS}
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("inspect", tile),
+        ("columns", {"RELAXED": True, "BLOCK": 128}),
+        ("columns", {"RELAXED": False, "BLOCK": 128, "ahead": None}),
+        ("decide", {"RELAXED": True, "BLOCK": 128}),
+        ("decide", {"RELAXED": False, "BLOCK": 128}),
+        ("add_parts", {"BLOCK": 128}),
+        ("cost_gradient", tile),
+        ("cost_gradient", {**tile, "along": None, "largest": None, "top": None}),
+        ("unscale", tile),
+        ("unscale", {**tile, "top": None}),
+    ]
+    cases = [TransportCase(kernel, 4, tuple(switches.items())) for kernel, switches in others]
+    for m in widths:
+        for plain, launches in sweeps.items():
+            shape = transport.Geometry.of(m, plain=plain)
+            block = {"RESIDENT": shape.resident, "ROWS": shape.rows, "COLUMNS": shape.columns}
+            cases += [
+                TransportCase(kernel, shape.warps, tuple({**block, **switches}.items()))
+                for kernel, switches in launches
+            ]
+    return [(target, case) for target in TARGETS for case in dict.fromkeys(cases)]
+
+
+def some_transport_cases() -> list[tuple[str, TransportCase]]:
+    """An iteration with the longest resident rows and with streamed ones, for each chip; on sm_90 each other kernel."""
+    seen, some = set(), []
+    for target, case in reversed(every_transport_case()):
+        tile = dict(case.switches).get("COLUMNS", 0), dict(case.switches).get("RESIDENT")
+        if case.kernel == "iterate" and tile[0] >= transport.STREAMED_TILE[1]:
+            some.append((target, case))
+        elif target == "sm_90" and case.kernel not in seen:
+            seen.add(case.kernel)
+            some.append((target, case))
+    return some
+
+
+def compile_transport_case(case: TransportCase, target: str) -> Binary:
+    kernel, constants = getattr(transport, f"_{case.kernel}"), dict(case.switches)
+    signature, attributes = {}, {}
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _TRANSPORT_TYPES.get(name, "*fp32")
+        if name in ("n", "m") or signature[name].startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return _compiled(kernel, signature, constants, attributes, target, {"num_warps": case.warps})

@@ -13,10 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    Gemma2Config,
     GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -46,6 +49,10 @@ DECODERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2),
     "gemma": lambda: GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+    # These do something to their logits, or hold experts.
+    "gemma2": lambda: Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1),
+    "granite": lambda: GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=3.0),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2),
 }
 
 
@@ -62,8 +69,7 @@ def make_model() -> Callable[[str], PreTrainedModel]:
     return random_model
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>"]
@@ -80,6 +86,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
 def rows() -> list[tuple[str, str, str]]:
     """Six samples of three concepts, of different lengths."""
     return [
@@ -89,10 +100,14 @@ def rows() -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.fixture
-def dataset() -> ConceptDataset:
+def make_dataset() -> ConceptDataset:
     texts = [Text(prompt, response, f"row {index}") for index, (prompt, response, _) in enumerate(rows())]
     return ConceptDataset(texts, [concept for _, _, concept in rows()])
+
+
+@pytest.fixture
+def dataset() -> ConceptDataset:
+    return make_dataset()
 
 
 @pytest.fixture

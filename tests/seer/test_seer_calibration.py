@@ -96,16 +96,16 @@ def test_a_model_is_calibrated_at_its_real_tokens(make_model, tokenizer, dataset
     rows = tokenize(tokenizer, dataset.texts, 64)
     generator = torch.Generator().manual_seed(0)
     prototypes = Prototypes(dataset.names, {1: normalize(torch.randn(3, 32, generator=generator), dim=-1)}, "abc")
-    options = {"temperature": 0.1, "pad_token_id": 0}
-    found = calibrate(stack, rows, dataset.concept_ids, prototypes, batch_size=5, **options)
+    options = {"temperature": 0.1, "position": "last", "pad_token_id": 0}
+    found = calibrate(model, stack, rows, dataset.concept_ids, prototypes, batch_size=5, **options)
 
     tokens, ends = [], []  # by a plain pass per text
     for row in rows:
         with torch.no_grad():
-            states = model(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0]
+            states = model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2][0]
         tokens.append((normalize(states, dim=-1) @ prototypes.layers[1].T).numpy())
         ends.append(tokens[-1][-1])
-    texts, lengths = np.arange(len(rows)), [len(row) for row in rows]
+    texts, lengths = np.arange(len(rows)), [len(row.ids) for row in rows]
     for scope, expected in (
         ("text", fit(np.stack(ends), dataset.concept_ids, texts, 0.1)),
         (
@@ -123,4 +123,4 @@ def test_a_model_is_calibrated_at_its_real_tokens(make_model, tokenizer, dataset
     with pytest.raises(
         InputError, match="at least two held-out samples and two concepts to calibrate with, got 1 and 3"
     ):
-        calibrate(stack, rows[:1], dataset.concept_ids[:1], prototypes, batch_size=5, **options)
+        calibrate(model, stack, rows[:1], dataset.concept_ids[:1], prototypes, batch_size=5, **options)

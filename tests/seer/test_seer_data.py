@@ -1,16 +1,18 @@
-"""Reading texts, what is refused and how it is said, and the drawing of pairs."""
+"""Reading texts, what is refused and how it is said."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
 
-import numpy as np
+import datasets
 import pytest
+from conftest import CHAT_TEMPLATE
 
 from seer import ConceptDataset, InputError, TextDataset
-from seer.data import PairCollator, PairDataset, PairSampler, Text, tokenize
+from seer.data import Text, pad_token_id, tokenize
 
 GOOD = "prompt,response,concept\na,b,x\nc,d,x\n"
 
@@ -43,7 +45,7 @@ def test_csv_and_jsonl_give_the_same_texts(tmp_path: Path) -> None:
             "prompt,response\na,b\n",
             r"a\.csv:2: missing column 'concept'; got columns \['prompt', 'response'\]",
         ),
-        ("a.csv", "", r"a\.csv: expected at least one row, got an empty file"),
+        ("a.csv", "", r"a\.csv: expected at least one row, got none"),
         ("a.csv", "prompt,response,concept\n", r"a\.csv: expected at least one row"),
         ("a.csv", GOOD + "e,f,\n", r"a\.csv:4: column concept: expected a name, got nothing"),
         ("a.csv", GOOD + "e,f\n", r"a\.csv:4: expected 3 columns as in the header, got 2"),
@@ -98,6 +100,65 @@ def test_retain_texts_may_be_plain(tmp_path: Path) -> None:
         TextDataset.load(write(tmp_path / "n.csv", "words\nhello\n"))
 
 
+def test_a_text_may_have_several_concepts(tmp_path: Path) -> None:
+    csv_file = write(tmp_path / "m.csv", "prompt,response,concept\n1,r,b | a\n2,r,a\n3,r,c|b\n4,r,c\n")
+    rows = [["b", "a"], "a", ["c", "b"], "c"]
+    lines = [json.dumps({"prompt": str(i + 1), "response": "r", "concept": each}) for i, each in enumerate(rows)]
+    for file in (csv_file, write(tmp_path / "m.jsonl", "\n".join(lines))):
+        dataset = ConceptDataset.load(file)
+        assert dataset.names == ["a", "b", "c"]
+        assert dataset.memberships.tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]
+        assert dataset.concepts == ["b", "a", "c", "c"]
+        assert dataset.concept_ids.tolist() == [1, 0, 2, 2]
+        dataset.require_pairs()
+    as_it_stands = ConceptDataset.load(write(tmp_path / "s.jsonl", lines[0].replace('["b", "a"]', '"b|a"')))
+    assert as_it_stands.names == ["b|a"]
+    for cell, message in {
+        "a|": "expected a name, got nothing",
+        "a|d": r"expected one of \['a', 'b', 'c'\], got 'd'",
+    }.items():
+        with pytest.raises(InputError, match=rf"e\.csv:2: column concept: {message}"):
+            ConceptDataset.load(write(tmp_path / "e.csv", f"prompt,response,concept\n1,r,{cell}\n"), ["a", "b", "c"])
+    for cell in ("[]", '["a", ""]'):
+        with pytest.raises(InputError, match=r"e\.jsonl:1: column concept: expected a name, got nothing"):
+            ConceptDataset.load(write(tmp_path / "e.jsonl", f'{{"prompt": "p", "response": "r", "concept": {cell}}}'))
+
+
+def test_any_dataset_of_the_library_will_do() -> None:
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "response": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "labels": datasets.List(datasets.ClassLabel(names=["x", "y"])),
+        }
+    )
+    columns = {"question": ["q0", "q1"], "response": ["r0", "r1"], "label": [1, 0], "labels": [[0, 1], [1]]}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    single = ConceptDataset.from_dataset(rows, {"prompt": "question", "concept": "label"})
+    assert single.concepts == ["yes", "no"]
+    assert single[0] == Text("q0", "r0", "data set, row 0")
+    several = ConceptDataset.from_dataset(rows, {"prompt": "question", "concept": "labels"})
+    assert several.memberships.tolist() == [[1, 1], [0, 1]]
+    assert TextDataset.from_dataset(rows, {"text": "question"})[1] == Text("q1", None, "data set, row 1")
+    with pytest.raises(InputError, match=r"data set, row 0: missing column 'concept', 'prompt'; got columns"):
+        ConceptDataset.from_dataset(rows)
+    with pytest.raises(InputError, match=r"columns: expected prompt in one of \['question', .* got 'prompts'"):
+        ConceptDataset.from_dataset(rows, {"prompt": "prompts"})
+    with pytest.raises(InputError, match=r"data set: expected at least one row, got none"):
+        TextDataset.from_dataset(rows.select([]), {"text": "question"})
+
+
+def test_a_concept_that_is_always_named_second_keeps_two_samples_for_training() -> None:
+    concepts = [["a", "z"], ["a", "z"], ["a", "z"], *["a"] * 6]
+    dataset = ConceptDataset([Text(str(i), "r") for i in range(9)], concepts)
+    for seed in range(8):
+        training, held_out = dataset.split(0.7, seed)
+        assert training.memberships[:, 1].sum() >= 2
+        assert len(training) + len(held_out) == 9
+        assert training.names == held_out.names == ["a", "z"]
+
+
 def test_split_is_stratified_and_decided_by_the_seed() -> None:
     concepts = ["a"] * 20 + ["b"] * 10 + ["c"] * 3 + ["d"] * 2
     dataset = ConceptDataset([Text(str(i), "r", str(i)) for i in range(35)], concepts)
@@ -118,32 +179,111 @@ def test_split_is_stratified_and_decided_by_the_seed() -> None:
 def test_tokens_follow_the_chat_template(tokenizer) -> None:
     texts = [Text("name a cat", "dog", "s"), Text("cat", None, "s"), Text("cat", "", "s")]
     rows = tokenize(tokenizer, texts, 64)
-    plain = [tokenizer.decode(row).split() for row in rows]
+    plain = [tokenizer.decode(row.ids).split() for row in rows]
     assert plain[1] == ["cat"]
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False)
-    assert rows[2] == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    assert len(rows[0]) > len(rows[2])
+    assert rows[2].ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert len(rows[0].ids) > len(rows[2].ids)
 
 
 def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, monkeypatch, caplog) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with caplog.at_level(logging.WARNING):
         rows = tokenize(tokenizer, [Text("name a", "cat", "s"), Text("one", "dog", "s")], 64)
-    assert tokenizer.decode(rows[0]).split() == ["name", "a", "cat"]
+    assert tokenizer.decode(rows[0].ids).split() == ["name", "a", "cat"]
     assert sum("chat template" in record.message for record in caplog.records) == 1
+
+
+TEMPLATES = {
+    "of the tests": CHAT_TEMPLATE,
+    "with a header for the response": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    ),
+    "with a header that only a prompt for generation has": (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> one one {% endif %}"
+    ),
+    "with a system turn": (
+        "a one <end> {% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} <assistant>"
+        "{% else %} {{ m['content'] }} <end>{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_request_ends_where_the_model_would_begin_to_answer(tokenizer, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[name])
+    (row,) = tokenize(tokenizer, [Text("name a cat", "dog cow", "s")], 64)
+    words = tokenizer.convert_ids_to_tokens(row.ids)
+    assert words[row.request_length - 1] == ("<assistant>" if name != "of the tests" else "<end>")
+    response = ["dog", "cow", "<end>"] if name != "of the tests" else ["<assistant>", "dog", "cow", "<end>"]
+    assert words[row.request_length :] == response
+
+
+def test_where_requests_end_in_other_texts(tokenizer, monkeypatch) -> None:
+    texts = [Text("cat dog", None, "s"), Text("cat dog", "", "s"), Text("", "cat", "s")]
+    plain, request, response = tokenize(tokenizer, texts, 64)
+    assert plain.request_length == response.request_length == 0
+    assert request.request_length == len(request.ids)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert tokenize(tokenizer, [Text("cat dog", "cow", "s")], 64)[0].request_length == 2
 
 
 def test_long_texts_lose_their_end_but_not_the_template(tokenizer, caplog) -> None:
     text = Text("name a cat", " ".join(["dog", "cow"] * 20), "s")
-    whole = tokenize(tokenizer, [text], 64)[0]
+    whole = tokenize(tokenizer, [text], 64)[0].ids
     with caplog.at_level(logging.WARNING):
-        rows = tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)
+        rows = [row.ids for row in tokenize(tokenizer, [text, Text("a", "cat", "s")], 12)]
     assert "1 of 2 texts are longer than 12 tokens" in caplog.text
     assert len(rows[0]) == 12
     assert rows[0] == whole[:11] + whole[-1:]
-    assert tokenize(tokenizer, [text], 5)[0] == [*whole[:4], whole[-1]]  # only the request is left
+    assert tokenize(tokenizer, [text], 5)[0] == ([*whole[:4], whole[-1]], 5)  # only the request is left
     with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
         tokenize(tokenizer, [text], 2)
+
+
+def test_long_requests_may_lose_their_middle(tokenizer, monkeypatch, caplog) -> None:
+    request = "name a cat dog cow sheep goat horse is one"
+    text = Text(request, "iron tin", "s")
+    whole = tokenize(tokenizer, [text], 64)[0].ids
+    with caplog.at_level(logging.WARNING):
+        (row,) = tokenize(tokenizer, [text], len(whole) - 4, "middle")
+    assert "1 of 1 texts are longer than 12 tokens and were cut." in caplog.text
+    assert row.ids == tokenize(tokenizer, [Text("name a cat horse is one", "iron tin", "s")], 64)[0].ids
+    # When two words are left of the request, the end of the response goes.
+    (row,) = tokenize(tokenizer, [text], len(whole) - 9, "middle")
+    assert row.ids == tokenize(tokenizer, [Text("name one", "iron", "s")], 64)[0].ids
+    with pytest.raises(InputError, match=r"--max_length: expected room for text inside the chat template"):
+        tokenize(tokenizer, [text], 2, "middle")
+    assert tokenize(tokenizer, [Text("cat dog cow", None, "s")], 2, "middle") == tokenize(
+        tokenizer, [Text("cat dog", None, "s")], 2
+    )
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "longer than before" * len(ids))  # a tokenizer may do that
+    assert len(tokenize(tokenizer, [text], 10, "middle")[0].ids) <= 10
+
+
+def test_long_texts_may_be_refused(tokenizer) -> None:
+    texts = [Text("a", "cat", "s:2"), Text("a", "cat " * 20, "s:3"), Text("a", "dog " * 30, "s:4")]
+    with pytest.raises(InputError, match=r"s:3: expected at most 12 tokens .* got 25; 2 of 3 texts are too long"):
+        tokenize(tokenizer, texts, 12, "refuse")
+    assert tokenize(tokenizer, texts[:1], 12, "refuse") == tokenize(tokenizer, texts[:1], 12)
+
+
+def test_empty_responses_are_counted(tokenizer, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenize(tokenizer, [Text("a", "cat"), Text("a", ""), Text("one", " "), Text("dog")], 64)
+    assert "2 of 4 texts have an empty response: their request stands for them." in caplog.text
+
+
+def test_without_pad_token_another_is_taken_and_it_is_said(tokenizer, caplog) -> None:
+    assert pad_token_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+    assert f"The tokenizer has no pad token: token {tokenizer.eos_token_id} fills up" in caplog.text
+    tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) == 0
 
 
 def test_long_plain_texts_are_cut_at_the_end(tokenizer, monkeypatch) -> None:
@@ -157,37 +297,3 @@ def test_text_without_tokens_is_refused(tokenizer, monkeypatch) -> None:
     tokenizer_without_words.chat_template = None
     with pytest.raises(InputError, match=r"here:7: expected text that the tokenizer knows"):
         tokenize(tokenizer_without_words, [Text("a", None, "here:7")], 8)
-
-
-IDS = np.array([0, 0, 1, 1, 1, 0, 2, 2])
-
-
-def test_pairs_are_two_samples_of_one_concept_and_every_sample_leads_once() -> None:
-    seen = set()
-    sampler = PairSampler(IDS, seed=0)
-    for epoch in range(20):
-        sampler.set_epoch(epoch)
-        pairs = list(sampler)
-        assert sorted(first for first, _ in pairs) == list(range(8))
-        assert all(first != second and IDS[first] == IDS[second] for first, second in pairs)
-        seen.update(pairs)
-    assert len(seen) == 3 * 2 + 3 * 2 + 2  # every ordered pair that exists
-
-
-def test_pairs_depend_on_seed_and_epoch_alone() -> None:
-    sampler, other = PairSampler(IDS, seed=1, retain_size=3), PairSampler(IDS, seed=1, retain_size=3)
-    first = list(sampler)
-    assert list(sampler) == first == list(other)
-    other.set_epoch(1)
-    assert list(other) != first
-    assert list(PairSampler(IDS, seed=2, retain_size=3)) != first
-    assert {retain for _, _, retain in first} == {0, 1, 2}
-
-
-def test_batch_layout() -> None:
-    rows, retain = [[1], [2, 3], [4, 5, 6]], [[7, 8]]
-    data = PairDataset(rows, np.array([0, 0, 0]), retain)
-    batch = PairCollator(pad_token_id=9)([data[0, 1, 0], data[2, 0, 0]])
-    assert batch["concept_ids"].tolist() == [0, 0]
-    assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 6], [2, 3, 9], [1, 9, 9], [7, 8, 9], [7, 8, 9]]
-    assert batch["attention_mask"].sum(1).tolist() == [1, 3, 2, 1, 2, 2]

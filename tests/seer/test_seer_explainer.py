@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.functional import normalize
-from transformers import StoppingCriteria, TextStreamer
+from transformers import AutoModelForCausalLM, StoppingCriteria, TextStreamer
 
 from seer import Calibration, ConceptExplainer, InputError, Prototypes
 from seer.calibration import Fit
@@ -21,7 +21,7 @@ from seer.cli import main
 from seer.data import Text, tokenize
 from seer.explainer import split_text
 from seer.render import print_explanation, visible, write_page
-from seer.run import Run
+from seer.run import Run, make_prototypes
 from seer.train import run_training
 
 LAYERS = [0, 2]
@@ -51,7 +51,7 @@ def some_calibration(prototypes: Prototypes, unknown_below: float = -1.0) -> Cal
         }
         for layer in prototypes.layers
     }
-    return Calibration(prototypes.concepts, prototypes.adapter, 0.1, fits)
+    return Calibration(prototypes.concepts, prototypes.weights, 0.1, fits)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_given_text_has_the_scores_of_a_plain_pass(explainer) -> None:
     texts = ["name a fruit", Text("name one one one metal", "gold is one"), Text("cat")]
     explanations = explainer.explain(texts)
     rows = tokenize(explainer.tokenizer, [Text("name a fruit", ""), texts[1], Text("cat", "")], 64)
-    for row, explanation in zip(rows, explanations, strict=True):
+    for (row, _), explanation in zip(rows, explanations, strict=True):
         assert explanation.token_ids == row
         for layer in LAYERS:
             expected = second_pass(explainer, row, layer)
@@ -435,7 +435,7 @@ def test_an_adapter_without_prototypes_gets_the_same_ones_back(run_folder, capsy
     assert main(["prototypes", str(run_folder)]) == 0
     after = Prototypes.load(prototypes)
     assert after.concepts == before.concepts
-    assert after.adapter == before.adapter
+    assert after.weights == before.weights
     for layer in (1, 2):
         torch.testing.assert_close(after.layers[layer], before.layers[layer])
         again = Calibration.load(calibration).layers[layer]["token"]
@@ -453,7 +453,7 @@ def test_files_that_do_not_belong_together(run_folder, tmp_path, capsys) -> None
         assert message in capsys.readouterr().err
 
     Prototypes(good.concepts, good.layers, "0" * 16).save(prototypes)
-    refuse("expected prototypes made with the adapter beside them, got those of another one")
+    refuse("expected prototypes made with the weights beside them, got those of others")
     random_prototypes(size=8).save(prototypes)
     refuse("for hidden size 32, got shape (3, 8) at layer 0: they are of another model")
     prototypes.write_text("nothing")
@@ -513,3 +513,44 @@ def test_what_the_caller_does_with_a_token_is_not_overhead(explainer, monkeypatc
     (explanation,) = explainer.generate(["cat"], max_new_tokens=3, eos_token_id=None, on_token=slow)
     assert clock == [3.0]
     assert explanation.overhead == 0
+
+
+def test_the_state_that_stands_for_a_text_is_that_of_the_prototypes(make_model, tokenizer) -> None:
+    explainer = ConceptExplainer(
+        make_model("llama"), tokenizer, random_prototypes(layers=[1]), position="response_mean"
+    )
+    answered, request = explainer.explain([Text("name a fruit", "plum is one"), "cat"])
+    assert request.text is None
+    (row,) = tokenize(tokenizer, [Text("name a fruit", "plum is one")], 64)
+    with torch.no_grad():
+        states = explainer.model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2][0]
+    mean = normalize(states[row.request_length :].mean(0), dim=0)
+    torch.testing.assert_close(answered.text[1].cosines[0], explainer.prototypes.layers[1] @ mean)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"adapter": "none", "learning_rate": 1e-3}, {"positions": ["response_mean"]}, {"adapter": "dora"}],
+    ids=str,
+)
+def test_every_kind_of_run_is_loaded_with_its_base_model(options, make_config, model_folder, data_file) -> None:
+    config = make_config(
+        **{"model": str(model_folder), "data": str(data_file), "max_steps": 4, "learning_rate": 1e-2, **options}
+    )
+    result = run_training(config)
+    run = Run.load(result.output_dir)
+    _, held_out = run.samples()
+    encoding = run.encode(held_out.texts, list(result.representations_after))
+    for layer, after in result.representations_after.items():
+        torch.testing.assert_close(encoding.after[layer], torch.from_numpy(after))
+        torch.testing.assert_close(encoding.before[layer], torch.from_numpy(result.representations_before[layer]))
+        assert (encoding.after[layer] - encoding.before[layer]).abs().max() > 1e-4
+    prototypes = run.prototypes()
+    made = make_prototypes(run.encode(run.samples()[0].texts, [*prototypes.layers]).after, run.samples()[0])
+    for layer, rows in prototypes.layers.items():
+        torch.testing.assert_close(made.layers[layer], rows)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad(), run.base_layers() as layers:
+        torch.testing.assert_close(layers.root(**inputs).logits, base(**inputs).logits)
+    assert ConceptExplainer.from_run(result.output_dir).generate(["cat"], max_new_tokens=2)

@@ -21,7 +21,7 @@ from seer.interventions import (
     swap_component,
 )
 from seer.layers import find_layers
-from seer.reading import LayerReader, pad
+from seer.reading import LayerReader
 from seer.train import run_training
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def test_measures_are_those_of_plain_passes_text_by_text(make_model, tokenizer, 
 
     divergences, falls = [], []
     for row in rows:
-        inputs = pad([row], 0, torch.device("cpu"))
+        inputs = {"input_ids": torch.tensor([row.ids])}
 
         def run(reads, inputs=inputs):
             with LayerReader(stack, [1, 2]) as reader, torch.no_grad():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from seer import InputError
-from seer.layers import base_model_of, find_layers, forward_states, last_token, lm_head
+from seer.layers import BaseModel, Head, find_layers, forward_states, lm_head, representations
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt_neox", "bert"]
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
@@ -53,8 +53,7 @@ def test_adapter_changes_its_layers_and_later_ones_and_can_be_disabled(make_mode
         stack = find_layers(model)
         adapted = forward_states(model, INPUTS, stack)
         model.train()
-        with base_model_of(model):
-            base = forward_states(model, INPUTS, stack)
+        base = BaseModel(stack).forward_states(model, INPUTS)
         assert all(part.training for part in model.modules())
     torch.testing.assert_close(adapted.embeddings, expected.embeddings)
     for layer in range(3):
@@ -64,18 +63,36 @@ def test_adapter_changes_its_layers_and_later_ones_and_can_be_disabled(make_mode
     assert adapted_layers == {"0", "1"}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES[:-1])
-def test_logits_at_chosen_tokens_are_the_models(make_model, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[:-1], "gemma2", "granite", "mixtral"])
+def test_head_turns_the_states_of_chosen_tokens_into_the_models_logits(make_model, architecture: str) -> None:
     model = with_lora(make_model(architecture))
     stack = find_layers(model)
     with torch.no_grad():
         expected = model(**INPUTS).logits  # [R, T, V]
         states = forward_states(model, INPUTS, stack, MASK.bool())
-        assert forward_states(model, INPUTS, stack).logits is None
+        assert forward_states(model, INPUTS, stack).head_inputs is None
+        assert states.head_inputs is not None
+        logits = Head(stack)(states.head_inputs)
         after = model(**INPUTS).logits  # no hook is left behind
-    assert states.logits is not None
-    torch.testing.assert_close(states.logits, expected[MASK.bool()])
+    torch.testing.assert_close(logits, expected[MASK.bool()])
     torch.testing.assert_close(after, expected)
+    Head(stack).check(stack)
+
+
+def test_a_head_that_needs_more_than_the_last_states_is_refused(make_model) -> None:
+    model = make_model("llama")
+    plain = type(model).forward
+
+    def forward(self, input_ids=None, **kwargs):
+        output = plain(self, input_ids=input_ids, **kwargs)
+        if input_ids is not None:
+            output.logits = output.logits + 1.0 + input_ids.unsqueeze(-1)
+        return output
+
+    model.forward = forward.__get__(model)
+    stack = find_layers(model)
+    with pytest.raises(InputError, match=r"--kl_weight: expected 0 for LlamaForCausalLM, .*\(they differ\)"):
+        Head(stack).check(stack)
 
 
 def test_every_linear_projection_of_the_first_layers_is_adapted(make_model) -> None:
@@ -141,8 +158,23 @@ def test_no_layers(make_model) -> None:
         find_layers(model, "blocks")
 
 
-def test_last_token_ignores_padding_on_either_side() -> None:
-    states = torch.arange(24.0).reshape(4, 3, 2)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [0, 1, 0]])
-    expected = torch.stack([states[0, 2], states[1, 0], states[2, 2], states[3, 1]])
-    torch.testing.assert_close(last_token(states, mask), expected)
+def test_representations_are_read_at_positions_wherever_the_padding_is() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
+    requests = torch.tensor([2, 1, 2, 1])
+    layers = [torch.randn(4, 5, 6, dtype=torch.float64) for _ in range(3)]
+    positions = ["response_mean", "last", "last_request"]
+    found = representations(layers, mask, requests, positions)
+    assert found.shape == (3, 3, 4, 6)
+    for index, states in enumerate(layers):
+        for row in range(4):
+            real = states[row, mask[row].bool()]
+            torch.testing.assert_close(found[0, index, row], real[requests[row] :].mean(0))
+            torch.testing.assert_close(found[1, index, row], real[-1])
+            torch.testing.assert_close(found[2, index, row], real[requests[row] - 1])
+    torch.testing.assert_close(representations(layers, mask, requests, ["last"])[0], found[1])
+
+
+def test_layers_of_different_sizes_cannot_be_represented() -> None:
+    layers = [torch.zeros(1, 2, 4), torch.zeros(1, 2, 6)]
+    with pytest.raises(InputError, match=r"--target_layers: expected layers of one hidden size, got sizes \[4, 6\]"):
+        representations(layers, torch.ones(1, 2), torch.ones(1), ["last"])

@@ -215,13 +215,13 @@ def run(make_config, model_folder, data_file) -> Run:
 def test_retention_is_what_transformers_computes(run, data_file) -> None:
     texts = TextDataset.load(str(data_file)).texts[:5]
     sums = retention_sums(run, texts, batch_size=2)
-    for index, ids in enumerate(run.token_ids(texts)):
-        batch = torch.tensor([ids])
+    for index, row in enumerate(run.tokens(texts)):
+        batch = torch.tensor([row.ids])
         with torch.no_grad():
             adapted = run.model(batch, labels=batch)
             with run.model.disable_adapter():
                 base = run.model(batch, labels=batch)
-        tokens = len(ids) - 1
+        tokens = len(row.ids) - 1
         assert sums["tokens"][index] == tokens
         assert sums["nll_seer"][index] / tokens == pytest.approx(float(adapted.loss), rel=1e-4)
         assert sums["nll_base"][index] / tokens == pytest.approx(float(base.loss), rel=1e-4)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from seer import ConceptDataset, Prototypes, SeerConfig, SeerTrainer, run_training
+from seer import ConceptDataset, InputError, Prototypes, SeerConfig, SeerTrainer, check_run, run_training
 from seer.arguments import parse_training_arguments
 from seer.cli import main
+from seer.config import PRESETS
 from seer.data import tokenize
-from seer.layers import find_layers, forward_states, last_token
+from seer.layers import find_layers, forward_states
 
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 
@@ -48,6 +53,7 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
         "prototypes.safetensors",
         "config.yaml",
         "metrics.json",
+        "README.md",
         "checkpoint-4",
         "tokenizer.json",
     }
@@ -73,11 +79,11 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
 
     def represent(dataset: ConceptDataset) -> dict[int, torch.Tensor]:
         states = []
-        for ids in tokenize(tokenizer, dataset.texts, 64):
+        for ids, _ in tokenize(tokenizer, dataset.texts, 64):
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
             with torch.no_grad():
                 layers = forward_states(model, inputs, find_layers(model)).layers
-            states.append(torch.stack([last_token(layers[layer], inputs["attention_mask"])[0] for layer in (0, 2)]))
+            states.append(torch.stack([layers[layer][0, -1] for layer in (0, 2)]))
         return dict(zip((0, 2), torch.stack(states, dim=1), strict=True))
 
     held_out_states, training_states = represent(held_out), represent(training)
@@ -90,6 +96,75 @@ def test_a_run_writes_adapter_prototypes_config_and_metrics(flags, data_file, tm
         torch.testing.assert_close(torch.from_numpy(result.representations_after[layer]), held_out_states[layer])
         torch.testing.assert_close(prototypes.layers[layer], expected.layers[layer])
         assert np.abs(result.representations_before[layer] - result.representations_after[layer]).max() > 1e-3
+
+
+def test_a_run_ends_with_a_card_and_curves(flags, tmp_path) -> None:
+    more = ["--held_out_share", "0.5", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2"]
+    metrics = run_training(parse_training_arguments([*flags, *more])).metrics
+    out = tmp_path / "out"
+    assert (out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == flags[1]
+    for row in (
+        "| animal | 3 |",
+        "| layer | measure | before | after |",
+        f"| torch | {metrics['versions']['torch']} |",
+    ):
+        assert row in card.text
+    after = metrics["held_out"]["by_concept"]["2"]["fruit"]
+    assert f"| 2 | fruit | {after['same_concept_cosine']:.3f} | {after['different_concept_cosine']:.3f} |" in card.text
+    assert "![learning curves](learning_curves.png)" in card.text
+    (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    assert options == (out / "config.yaml").read_text()
+
+
+def test_figures_of_the_evaluations_reach_tensorboard(flags, tmp_path, monkeypatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    more = ["--report_to", "tensorboard", "--held_out_share", "0.5", "--logging_steps", "2"]
+    run_training(parse_training_arguments([*flags, *more, "--eval_strategy", "steps", "--eval_steps", "2"]))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    scalars = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    for name in ("train/L_d", "train/L_kl", "eval/kl_to_base", "eval/nearest_prototype_accuracy/animal"):
+        assert scalars[name] == [2, 4]
+
+
+def test_a_reporter_that_is_not_there_is_named(flags, tmp_path, monkeypatch, capsys) -> None:
+    assert main(["train", *flags, "--report_to", "pigeons"]) == 2
+    assert "--report_to: pigeons is not supported, only" in capsys.readouterr().err
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    assert main(["train", *flags, "--report_to", "wandb"]) == 2
+    assert "--report_to: WandbCallback requires wandb to be installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_steps_is_a_dry_run(flags, data_file, tmp_path, capsys) -> None:
+    dry = [*flags, "--max_steps", "0", "--retain_data", str(data_file)]
+    assert main(["train", *dry]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for fact in ("animal 5, fruit 5, metal 5", "3 in model.layers; target 2", "4 per epoch", "12 rows x "):
+        assert fact in printed
+    assert "<user> name a <unk> <end> <assistant> apple <end>" in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["train", *dry, "--target_layers", "7"]) == 2
+    with pytest.raises(InputError, match=r"--max_steps: expected a number of steps, .* got 0; see seer\.check_run"):
+        run_training(parse_training_arguments(dry))
+
+
+def test_the_memory_estimate_counts_what_is_there(make_model, make_config, tokenizer, data_file) -> None:
+    def estimate(**options):
+        config = make_config(data=str(data_file), max_steps=0, **options)
+        return check_run(config, model=make_model("llama"), tokenizer=tokenizer)
+
+    small, large = estimate(), estimate(per_device_train_batch_size=8)
+    base = sum(p.numel() for p in make_model("llama").parameters())
+    trained = small.gradients_and_optimizer // 12
+    assert small.weights == 4 * (base + trained)
+    # Per token at least the input of each of 7 projections in 3 layers.
+    assert small.activations > 8 * 15 * 3 * (3 * 32 + 32 + 2 * 32 + 48) * 4
+    assert 1.8 < large.activations / small.activations < 2.2
+    assert estimate(kl_weight=0.0).activations < small.activations
 
 
 def test_training_raises_the_accuracy_on_separable_concepts(flags) -> None:
@@ -124,6 +199,47 @@ def test_the_written_config_is_the_run(flags, tmp_path) -> None:
     assert parse_training_arguments([str(tmp_path / "c.json")]).target_layers == [-1, 0]
 
 
+def test_the_reference_preset_is_the_recipe_of_the_paper(flags, tmp_path) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--same_label", "ignore", "--max_steps", "1"])
+    expected = {
+        **PRESETS["reference"],
+        "same_label": "ignore",  # given, though it is what it would be without the preset
+        "per_device_train_batch_size": 4,
+    }
+    saved = yaml.safe_load(Path(save(config, tmp_path)).read_text())
+    for name, value in expected.items():
+        assert saved[name] == value, name
+        assert getattr(config, name) == value, name
+    again = parse_training_arguments([save(config, tmp_path)])
+    assert again.to_dict() == config.to_dict()
+    in_python = SeerConfig(output_dir="o", preset="reference", use_cpu=True, same_label="ignore", learning_rate=3e-4)
+    assert (in_python.same_label, in_python.learning_rate, in_python.kl_form) == ("ignore", 3e-4, "label")
+    plain = SeerConfig(output_dir="o", use_cpu=True)
+    assert (plain.kl_form, plain.bf16) == ("full", False)
+    recipe = PRESETS["reference"]
+    assert (recipe["learning_rate"], recipe["same_label"], recipe["kl_form"]) == (1e-4, "negative", "label")
+    assert (recipe["view_dropout"], recipe["lora_r"], recipe["num_train_epochs"]) == (0.25, 16, 2.0)
+
+
+def save(config: SeerConfig, folder: Path) -> str:
+    config.save(folder / "preset.yaml")
+    return str(folder / "preset.yaml")
+
+
+def test_all_weights_are_written(flags, tmp_path) -> None:
+    run_training(parse_training_arguments([*flags, "--adapter", "none", "--learning_rate", "1e-2"]))
+    written = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = LlamaForCausalLM.from_pretrained(flags[1]).state_dict()
+    assert not any(torch.equal(written[name], value) for name, value in before.items())
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_the_reference_preset_runs(flags) -> None:
+    config = parse_training_arguments([*flags, "--preset", "reference", "--max_steps", "2"])
+    result = run_training(config)
+    assert result.metrics["target_layers"] == [2]
+
+
 def replaced(flags: list[str], name: str, value: str) -> list[str]:
     return [*flags, f"--{name}", value]
 
@@ -140,6 +256,7 @@ def replaced(flags: list[str], name: str, value: str) -> list[str]:
         (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (["--held_out_share", "1"], "--held_out_share: expected a share from 0 up to but not 1, got 1.0"),
         (["--same_label", "both"], "argument --same_label/--same-label: invalid choice: 'both'"),
+        (["--adapter", "none", "--quantization", "4bit"], "--quantization: expected none with --adapter none"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--learning_rat", "1"], "expected options, got '--learning_rat'; did you mean --learning_rate?"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint: expected a checkpoint in --output_dir"),
@@ -185,6 +302,24 @@ def test_bad_data_names_file_and_line(flags, tmp_path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantization_needs_its_package(flags, capsys) -> None:
+    assert main(["train", *flags, "--quantization", "4bit"]) == 2
+    assert "--quantization: expected the package bitsandbytes to be installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_bases_are_trained(flags, tokenizer, tmp_path, bits) -> None:
+    """Wide enough for a block of four-bit weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    more = ["--model", str(tmp_path / "wide"), "--quantization", bits, "--learning_rate", "1e-2"]
+    metrics = run_training(parse_training_arguments([*flags, *more])).metrics
+    assert metrics["held_out"]["kl_to_base_nats_per_token"]["after"] > 0
+
+
 def test_a_model_without_decoder_layers(flags, tmp_path, tokenizer, capsys) -> None:
     config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "none")
@@ -200,7 +335,9 @@ def test_help_shows_every_option_with_its_default(capsys) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for name in SeerConfig.__annotations__:
         assert name in text
-    assert "Temperature of L_d. (default: 0.1)" in text
+    assert "Temperature of L_d. (default: 0.1, the paper's)" in text
+    assert "(default: ignore, seer's)" in text
+    assert "(default: 1, transformers')" in text
     assert main([]) == 0
     assert "seer train --help" in capsys.readouterr().out
 
@@ -225,13 +362,9 @@ def test_an_output_folder_holds_one_run_and_a_killed_one_resumes(flags, tmp_path
     error = capsys.readouterr().err
     assert f"--output_dir: expected a folder without another run, got {out} with config.yaml" in error
 
-    # A kill while a checkpoint is written leaves one without a (whole) state: the one before it counts.
-    for name, state in {"checkpoint-3": None, "checkpoint-10": "{"}.items():
-        (out / name).mkdir()
-        if state:
-            (out / name / "trainer_state.json").write_text(state)
     assert main(["train", *flags, "--resume_from_checkpoint", "true", "--lora_r", "4"]) == 2
-    assert f"--lora_r: expected 16 as in the run to resume ({out}/config.yaml), got 4" in capsys.readouterr().err
+    expected = f"--resume_from_checkpoint: expected the run of {out}/checkpoint-2, which had --lora_r 16, now 4"
+    assert expected in capsys.readouterr().err
     assert main(["train", str(out / "config.yaml"), "--resume_from_checkpoint", "true"]) == 0
     assert main(["train", *flags, "--output_dir", str(tmp_path / "whole")]) == 0
     resumed, whole = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "whole"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
-from seer.data import Text
-from seer.evaluation import separation
-from seer.layers import last_token
+from seer.data import Text, Tokens
+from seer.evaluation import separation, separation_by_concept
+from seer_kernels import sinkhorn_divergence
 
 
 def exact(trainer: SeerTrainer) -> SeerTrainer:
@@ -45,33 +47,61 @@ def states_and_logits(trainer: SeerTrainer, ids: list[int]) -> tuple[list[Tensor
     return outputs, logits[0]
 
 
-def formula(trainer: SeerTrainer, view1: list, view2: list, retain: list, ids: list[int]) -> Tensor:
+def at_position(states: Tensor, request_length: int, position: str) -> Tensor:
+    """[T, D] states of one text to [D]."""
+    if position == "response_mean":
+        return states[request_length:].mean(0)
+    return states[-1] if position == "last" else states[request_length - 1]
+
+
+def formula(
+    trainer: SeerTrainer, view1: list[Tokens], view2: list[Tokens], retain: list[Tokens], ids: list[int]
+) -> Tensor:
     """The loss of the method, one text at a time."""
     args = trainer.args
-    z1, z2 = (
-        [[states_and_logits(trainer, text)[0][layer + 1][0, -1] for text in view] for layer in trainer.target_layers]
-        for view in (view1, view2)
-    )
     losses = []
-    for a, b in zip(z1, z2, strict=True):
-        cosines = torch.nn.functional.cosine_similarity(torch.stack(a)[:, None], torch.stack(b)[None], dim=-1)
-        for i in range(len(ids)):
-            keys = [j for j in range(len(ids)) if j == i or args.same_label == "negative" or ids[i] != ids[j]]
-            losses.append((cosines[i, keys] / args.temperature).logsumexp(0) - cosines[i, i] / args.temperature)
+    views = [[(states_and_logits(trainer, text.ids)[0], text) for text in view] for view in (view1, view2)]
+    for position in args.positions:
+        for layer in trainer.target_layers:
+            z1, z2 = (
+                torch.stack([at_position(states[layer + 1][0], text.request_length, position) for states, text in view])
+                for view in views
+            )
+            cosines = torch.nn.functional.cosine_similarity(z1[:, None], z2[None], dim=-1)
+            for i in range(len(ids)):
+                keys = [j for j in range(len(ids)) if j == i or args.same_label == "negative" or ids[i] != ids[j]]
+                losses.append((cosines[i, keys] / args.temperature).logsumexp(0) - cosines[i, i] / args.temperature)
     disentangle = torch.stack(losses).mean()
 
-    norms, divergences = [], []
+    distances, divergences = [], []
     for text in retain:
-        adapted, logits = states_and_logits(trainer, text)
+        adapted, logits = states_and_logits(trainer, text.ids)
         with torch.no_grad(), trainer.model.disable_adapter():
-            base, base_logits = states_and_logits(trainer, text)
-        norms.append((torch.stack(adapted) - torch.stack(base)).square().sum().sqrt())
-        p = base_logits.softmax(-1)
-        divergences.append((p * (p.log() - logits.log_softmax(-1))).sum(-1))
-    share = len(trainer.target_layers) / (max(trainer.target_layers) + 1)
-    retained = torch.stack(norms).mean() * share / 100
+            base, base_logits = states_and_logits(trainer, text.ids)
+        if args.retain_layers is not None:
+            adapted, base = ([states[layer + 1] for layer in args.retain_layers] for states in (adapted, base))
+        if args.retain_loss == "sinkhorn":
+            parts = [sinkhorn_divergence(a[0], b[0], scale_cost="mean") for a, b in zip(adapted, base, strict=True)]
+            distances.append(torch.stack(parts).mean())
+        else:
+            distances.append((torch.stack(adapted) - torch.stack(base)).square().sum().sqrt())
+        p, log_q = base_logits.softmax(-1), logits.log_softmax(-1)
+        if args.kl_form == "full":
+            divergences.append((p * (p.log() - log_q)).sum(-1))
+        else:
+            steps, labels = range(len(text.ids) - 1), text.ids[1:]
+            divergences.append(-(p[steps, labels] * log_q[steps, labels]).sum(0, keepdim=True))
+    retained = torch.stack(distances).mean()
+    if args.retain_loss == "norm":
+        retained = retained * len(trainer.target_layers) / (max(trainer.target_layers) + 1) / 100
     kl = torch.cat(divergences).mean()
     return args.disentangle_weight * disentangle + args.retain_weight * retained + args.kl_weight * kl
+
+
+def texts_of(batch: dict[str, Tensor]) -> list[Tokens]:
+    masks = batch["attention_mask"].bool()
+    ids = [row[mask].tolist() for row, mask in zip(batch["input_ids"], masks, strict=True)]
+    return [Tokens(*text) for text in zip(ids, batch["request_lengths"].tolist(), strict=True)]
 
 
 RETAIN = TextDataset([Text("name one", "gold tin", "r1"), Text("is is is a cat", None, "r2"), Text("dog", "cat", "r3")])
@@ -79,16 +109,30 @@ RETAIN = TextDataset([Text("name one", "gold tin", "r1"), Text("is is is a cat",
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt_neox"])
 @pytest.mark.parametrize("with_retain_texts", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"positions": ["response_mean", "last_request", "last"], "retain_layers": [0, 1], "kl_form": "label"},
+        {"retain_loss": "sinkhorn", "retain_layers": [1]},
+    ],
+)
 def test_loss_and_gradient_are_those_of_the_method(
-    make_model, make_config, dataset, tokenizer, architecture, with_retain_texts
+    make_model, make_config, dataset, tokenizer, architecture, with_retain_texts, options
 ) -> None:
     config = make_config(
-        target_layers=[0, 2], lora_dropout=0.0, same_label="ignore", retain_weight=3.0, kl_weight=2.0, temperature=0.3
+        target_layers=[0, 2],
+        lora_dropout=0.0,
+        same_label="ignore",
+        retain_weight=3.0,
+        kl_weight=2.0,
+        temperature=0.3,
+        **options,
     )
     retain_dataset = RETAIN if with_retain_texts else None
     trainer = exact(SeerTrainer(make_model(architecture), config, dataset, tokenizer, retain_dataset=retain_dataset))
     batch = next(iter(trainer.get_train_dataloader()))
-    texts = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    texts = texts_of(batch)
     assert len(texts) == (12 if with_retain_texts else 8)
     loss = trainer.compute_loss(trainer.model, batch)
     retain = texts[8:] if with_retain_texts else texts[:4]
@@ -98,8 +142,9 @@ def test_loss_and_gradient_are_those_of_the_method(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "gemma", "gpt_neox"])
-def test_padding_changes_nothing(make_model, make_config, dataset, tokenizer, architecture: str) -> None:
-    config = make_config(target_layers=[1, 2], lora_dropout=0.0)
+@pytest.mark.parametrize("options", [{}, {"positions": ["response_mean", "last_request"], "kl_form": "label"}])
+def test_padding_changes_nothing(make_model, make_config, dataset, tokenizer, architecture: str, options) -> None:
+    config = make_config(target_layers=[1, 2], lora_dropout=0.0, **options)
     trainer = exact(SeerTrainer(make_model(architecture), config, dataset, tokenizer))
     batch = next(iter(trainer.get_train_dataloader()))
     rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
@@ -110,7 +155,7 @@ def test_padding_changes_nothing(make_model, make_config, dataset, tokenizer, ar
         for i, row in enumerate(rows):
             place = slice(length - len(row), length) if left else slice(0, len(row))
             ids[i, place], mask[i, place] = row, 1
-        return {"input_ids": ids, "attention_mask": mask, "concept_ids": batch["concept_ids"]}
+        return {**batch, "input_ids": ids, "attention_mask": mask}
 
     width = batch["input_ids"].shape[1]
     loss, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -151,10 +196,10 @@ def test_only_tokens_that_the_kl_reads_go_through_the_head(make_model, make_conf
     trainer = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     shapes = []
-    trainer.stack.root.lm_head.register_forward_hook(lambda _, args, out: shapes.append(tuple(out.shape)))
+    trainer.stack.root.lm_head.register_forward_hook(lambda _, args, out: shapes.append(out.numel() // 64))
     trainer.compute_loss(trainer.model, batch)
     tokens = int(batch["attention_mask"][:4].sum())
-    assert shapes == [(tokens, 64), (tokens, 64)]
+    assert sorted(shapes) == [0, 0, 1, tokens, tokens]  # 1: what a row of logits is long
 
 
 def test_reference_is_the_base_model_without_dropout(make_model, make_config, dataset, tokenizer) -> None:
@@ -207,11 +252,9 @@ def test_encoder_without_head(make_model, make_config, dataset, tokenizer) -> No
     trainer = SeerTrainer(make_model("bert"), config, dataset, tokenizer, eval_dataset=dataset)
     trainer.train()
     assert {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert set(trainer.evaluate()) == {
-        "eval_same_concept_cosine",
-        "eval_different_concept_cosine",
-        "eval_nearest_prototype_accuracy",
-    }
+    measures = ("same_concept_cosine", "different_concept_cosine", "nearest_prototype_accuracy")
+    suffixes = ("", "/animal", "/fruit", "/metal")
+    assert set(trainer.evaluate()) == {f"eval_{name}{suffix}" for name in measures for suffix in suffixes}
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(
@@ -270,9 +313,9 @@ def test_evaluate_measures_the_adapted_model(make_model, make_config, dataset, t
     target = trainer.target_layers[0]
     rows, prefix = trainer._pairs.rows, "eval_"
     with torch.no_grad():
-        alone = [states_and_logits(trainer, row) for row in rows]
+        alone = [states_and_logits(trainer, row.ids) for row in rows]
         with trainer.model.disable_adapter():
-            base = [states_and_logits(trainer, row) for row in rows]
+            base = [states_and_logits(trainer, row.ids) for row in rows]
     after = torch.stack([states[target + 1][0, -1] for states, _ in alone]).float()
     before = torch.stack([states[target + 1][0, -1] for states, _ in base]).float()
     torch.testing.assert_close(measurement.encoding.after[target], after)
@@ -283,6 +326,22 @@ def test_evaluate_measures_the_adapted_model(make_model, make_config, dataset, t
     expected = separation(after, torch.from_numpy(dataset.concept_ids), measurement.prototypes, target)
     assert metrics[f"{prefix}same_concept_cosine"] == pytest.approx(expected.same_concept_cosine)
     assert measurement.before[target] != measurement.after[target]
+
+
+def test_texts_that_serve_two_ends_are_counted_and_remarks_are_made_once(
+    make_model, make_config, dataset, tokenizer, caplog
+) -> None:
+    first = dataset.texts[:2]
+    retain = TextDataset([*first, Text("name one", "gold tin", "r1")])
+    held_out = ConceptDataset([*first, Text("cat", "")], ["fruit", "metal", "animal"])
+    trainer = SeerTrainer(
+        make_model("llama"), make_config(), dataset, tokenizer, eval_dataset=held_out, retain_dataset=retain
+    )
+    assert "2 of 3 retain texts are also among the training texts" in caplog.text
+    assert "2 of 3 held-out texts are also among the training texts" in caplog.text
+    for _ in range(2):
+        trainer.evaluate()
+    assert caplog.text.count("1 of 3 texts have an empty response") == 1
 
 
 def test_held_out_concepts_must_be_those_of_training(make_model, make_config, dataset, tokenizer) -> None:
@@ -308,6 +367,21 @@ def test_separation_is_that_of_all_pairs() -> None:
     assert separation(states[2:4], ids[2:4], prototypes, 4).same_concept_cosine is None
 
 
+def test_separation_of_single_concepts_is_that_of_their_pairs() -> None:
+    states, ids = torch.randn(7, 5), torch.tensor([0, 0, 1, 2, 2, 2, 0])
+    prototypes = Prototypes(list("abcd"), {4: torch.nn.functional.normalize(torch.randn(4, 5), dim=-1)})
+    values = separation_by_concept(states, ids, prototypes, 4)
+    assert list(values) == ["a", "b", "c"]
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
+    own, others = ids == 2, ids != 2
+    same = (cosines[own][:, own].sum() - 3) / 6
+    assert values["c"].same_concept_cosine == pytest.approx(float(same), abs=1e-6)
+    assert values["c"].different_concept_cosine == pytest.approx(float(cosines[own][:, others].mean()), abs=1e-6)
+    nearest = (states[own] @ prototypes.layers[4].T).argmax(-1)
+    assert values["c"].nearest_prototype_accuracy == pytest.approx(float((nearest == 2).float().mean()))
+    assert values["b"].same_concept_cosine is None
+
+
 def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
     states, ids = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 1, 0])
     prototypes = Prototypes.from_representations({2: states, 5: 3 * states}, ids, ["a", "ü"])
@@ -326,15 +400,393 @@ def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
         Prototypes.load(tmp_path / "other.safetensors")
 
 
-def test_last_token_of_the_batch_is_used(make_model, make_config, dataset, tokenizer) -> None:
-    """The representation is that of the text alone, whatever shares its batch."""
-    trainer = exact(SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer))
-    batch = next(iter(trainer.get_train_dataloader()))
-    from seer.layers import forward_states
-
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+@pytest.mark.parametrize("position", ["last", "last_request", "response_mean"])
+def test_a_representation_is_that_of_the_text_alone(make_model, make_config, dataset, tokenizer, position) -> None:
+    config = make_config(positions=[position])
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer, eval_dataset=dataset))
+    after = trainer.measure().encoding.after[2]
     with torch.no_grad():
-        together = last_token(forward_states(trainer.model, inputs, trainer.stack).layers[1], batch["attention_mask"])
-        for row, ids in enumerate(batch["input_ids"]):
-            alone, _ = states_and_logits(trainer, ids[batch["attention_mask"][row].bool()].tolist())
-            torch.testing.assert_close(together[row], alone[2][0, -1])
+        for row, states in zip(trainer._pairs.rows, after, strict=True):
+            alone, _ = states_and_logits(trainer, row.ids)
+            torch.testing.assert_close(states, at_position(alone[3][0], row.request_length, position).float())
+
+
+@pytest.mark.parametrize(
+    ("position", "text", "message"),
+    [
+        ("last_request", Text("cat", None), "sample 18: expected a request for --positions last_request, got none"),
+        ("last_request", Text("", "cat"), "sample 18: expected a request for --positions last_request, got none"),
+        ("response_mean", Text("cat", None), "sample 18: expected a response for --positions response_mean, got none"),
+        ("response_mean", Text("cat", ""), "sample 18: expected a response for --positions response_mean, got none"),
+    ],
+)
+def test_texts_must_have_the_positions(make_model, make_config, dataset, tokenizer, position, text, message) -> None:
+    more = ConceptDataset([*dataset.texts, text], [*dataset.concepts, "animal"])
+    with pytest.raises(InputError, match=message):
+        SeerTrainer(make_model("llama"), make_config(positions=["last", position]), more, tokenizer)
+    trainer = SeerTrainer(make_model("llama"), make_config(positions=[position]), dataset, tokenizer)
+    with pytest.raises(InputError, match=message):
+        trainer.measure(more)
+
+
+def test_weights_move_linearly_from_the_first_step_to_the_last(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        max_steps=5,
+        logging_steps=1,
+        lora_dropout=0.0,
+        disentangle_weight=8.0,
+        disentangle_weight_end=0.0,
+        retain_weight=0.0,
+        retain_weight_end=4.0,
+        kl_weight=2.0,
+    )
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, (w_d, w_r) in zip(logs, [(8, 0), (6, 1), (4, 2), (2, 3), (0, 4)], strict=True):
+        expected = w_d * entry["L_d"] + w_r * entry["L_r"] + 2 * entry["L_kl"]
+        assert entry["loss"] == pytest.approx(expected, abs=2e-3)
+    assert logs[0]["L_d"] > 0.1
+    assert logs[-1]["L_r"] > 0
+
+
+def test_a_term_that_is_never_weighed_is_not_computed(make_config) -> None:
+    config = make_config(retain_weight=0.0, kl_weight=0.0, kl_weight_end=1.0)
+    assert [config.uses(term) for term in ("disentangle", "retain", "kl")] == [True, False, True]
+    assert [config.weight("kl", progress) for progress in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": ["first"]}, r"--positions: expected some of \('last', .*got \['first'\]"),
+        ({"positions": []}, r"--positions: expected some of"),
+        ({"positions": ["last", "last"]}, r"--positions: expected some of"),
+        ({"retain_layers": []}, r"--retain_layers: expected at least one layer"),
+        ({"kl_weight_end": -1.0}, r"--kl_weight_end: expected a number >= 0, got -1\.0"),
+        ({"kl_form": "half"}, r"--kl_form: expected one of \('full', 'label'\), got 'half'"),
+        (
+            {"disentangle_loss": "sup_con", "same_label": "ignore"},
+            r"--same_label: expected one of \('positive',\) with --disentangle_loss sup_con, got 'ignore'",
+        ),
+        ({"disentangle_loss": "ot_contrastive", "same_label": "ignore"}, r"--same_label: expected one of"),
+    ],
+)
+def test_options_out_of_range(make_config, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(**options)
+
+
+def test_same_label_follows_the_loss_unless_given(make_config) -> None:
+    assert make_config(disentangle_loss="sup_con").same_label == "positive"
+    assert make_config(disentangle_loss="ot_contrastive").same_label == "positive"
+    assert make_config(disentangle_loss="ot_contrastive", same_label="negative").same_label == "negative"
+    assert make_config(disentangle_loss="nt_xent", same_label="positive").same_label == "positive"
+
+
+def test_retain_layers_must_exist(make_model, make_config, dataset, tokenizer) -> None:
+    with pytest.raises(InputError, match=r"--retain_layers: expected layers from -3 to 2 .* got 3"):
+        SeerTrainer(make_model("llama"), make_config(retain_layers=[3]), dataset, tokenizer)
+
+
+def test_pairs_that_lack_a_position_are_left_out_there(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        view_dropout=0.6, positions=["response_mean", "last"], lora_dropout=0.0, retain_weight=0.0, kl_weight=0.0
+    )
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer))
+    losses, lacking = [], 0
+    for batch in trainer.get_train_dataloader():
+        texts, pairs = texts_of(batch), len(batch["concept_ids"])
+        parts = []
+        for position in config.positions:
+            kept = [
+                i
+                for i in range(pairs)
+                if position == "last" or all(texts[j].request_length < len(texts[j].ids) for j in (i, pairs + i))
+            ]
+            lacking += pairs - len(kept)
+            if not kept:
+                parts.append(torch.zeros((), dtype=torch.float64))
+                continue
+            z1, z2 = (
+                torch.stack(
+                    [
+                        at_position(states_and_logits(trainer, text.ids)[0][3][0], text.request_length, position)
+                        for text in (texts[start + i] for i in kept)
+                    ]
+                )
+                for start in (0, pairs)
+            )
+            scores = torch.nn.functional.cosine_similarity(z1[:, None], z2[None], dim=-1) / config.temperature
+            ids, own = batch["concept_ids"][kept], torch.eye(len(kept), dtype=torch.bool)
+            scores = scores.masked_fill((ids[:, None] == ids) & ~own, -torch.inf)
+            parts.append((scores.logsumexp(-1) - scores.diagonal()).mean())
+        expected = config.disentangle_weight * torch.stack(parts).mean()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-6, atol=0)
+        losses.append(expected)
+    assert len(losses) > 2
+    assert lacking > 2
+
+
+def test_texts_of_several_concepts_take_plain_options(make_model, make_config, dataset, tokenizer) -> None:
+    concepts = [[concept, "thing"] for concept in dataset.concepts]
+    several = ConceptDataset(dataset.texts, concepts)
+    for options, message in (
+        ({"disentangle_loss": "nt_xent"}, "--disentangle_loss: expected info_nce for texts of several concepts"),
+        ({"view_dropout": 0.1, "positions": ["response_mean"]}, "--view_dropout: expected 0 for texts of several"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SeerTrainer(make_model("llama"), make_config(**options), several, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "retain_dataset"),
+    [
+        ({}, RETAIN),
+        ({}, None),
+        ({"retain_layers": [0, 2], "kl_form": "label"}, RETAIN),
+        ({"retain_weight": 0.0}, RETAIN),
+        ({"kl_weight": 0.0, "retain_layers": [1]}, None),
+        ({"bf16": True}, RETAIN),
+    ],
+)
+def test_cached_reference_is_the_recomputed_one(
+    make_model, make_config, dataset, tokenizer, tmp_path, options, retain_dataset
+) -> None:
+    logs = []
+    for cached in (False, True):
+        config = make_config(cache_reference=cached, max_steps=4, logging_steps=1, learning_rate=1e-2, **options)
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=retain_dataset)
+        exact(trainer).model.float()  # where nothing moved yet, L_r has the direction of rounding errors
+        seen: list[int] = []
+        trainer.stack.root.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        if cached:  # a text for its type, all texts in batches of eight, then the steps
+            texts = len(dataset) if retain_dataset is None else len(retain_dataset)
+            assert sum(seen[:-4]) == 1 + texts
+            assert seen[-4:] == [12 if retain_dataset else 8] * 4
+    tolerance = 2e-2 if "bf16" in options else 1e-4
+    for recomputed, cached in zip(*logs, strict=True):
+        for name in {"loss", "L_d", "L_r", "L_kl"} & {*recomputed}:
+            assert cached[name] == pytest.approx(recomputed[name], rel=tolerance, abs=2e-4), name
+    assert logs[0][-1]["loss"] != logs[0][0]["loss"]
+    assert not list(tmp_path.rglob("reference_states*"))
+
+
+def test_reference_cannot_be_cached(make_model, make_config, dataset, tokenizer, monkeypatch) -> None:
+    with pytest.raises(InputError, match="--cache_reference: expected false where neither L_r nor L_kl has a weight"):
+        make_config(cache_reference=True, retain_weight=0.0, kl_weight=0.0)
+    config = make_config(cache_reference=True, view_dropout=0.2, max_steps=1)
+    with pytest.raises(InputError, match="--cache_reference: expected retain texts that do not change"):
+        SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+    SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    trainer = SeerTrainer(make_model("llama"), make_config(cache_reference=True, max_steps=1), dataset, tokenizer)
+    with pytest.raises(InputError, match=r"--cache_reference: expected room for 0\.0 GiB in .*got 0\.0 GiB"):
+        trainer.train()
+
+
+def test_compiled_layers_give_the_same_losses(make_model, make_config, dataset, tokenizer) -> None:
+    logs = []
+    for compiled in (False, True):
+        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        config = make_config(max_steps=2, logging_steps=1, lora_dropout=0.0, target_layers=[0], **options)
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+        exact(trainer).model.float()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for plain, compiled_log in zip(*logs, strict=True):
+        for name in ("loss", "L_d", "L_r", "L_kl"):
+            assert compiled_log[name] == pytest.approx(plain[name], rel=1e-4), name
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_mixed_precision_and_activation_checkpointing_run(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(max_steps=2, logging_steps=1, bf16=True, gradient_checkpointing=True, lora_dropout=0.0)
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    plain = SeerTrainer(
+        make_model("llama"), make_config(max_steps=1, logging_steps=1, lora_dropout=0.0), dataset, tokenizer
+    )
+    plain.train()
+    assert logs[0]["L_d"] == pytest.approx(plain.state.log_history[0]["L_d"], rel=0.05)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_dora_is_trained_and_can_be_disabled(make_model, make_config, dataset, tokenizer) -> None:
+    trainer = SeerTrainer(
+        make_model("llama"), make_config(adapter="dora", max_steps=2, learning_rate=1e-2), dataset, tokenizer
+    )
+    magnitudes = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "magnitude" in n}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert magnitudes
+    assert any(not torch.equal(after[name], value) for name, value in magnitudes.items())
+    measured = trainer.measure(dataset)
+    plain = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).measure(dataset)
+    torch.testing.assert_close(measured.encoding.before, plain.encoding.before)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_all_weights_are_trained_against_a_frozen_copy(make_model, make_config, dataset, tokenizer, cached) -> None:
+    config = make_config(
+        adapter="none",
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        cache_reference=cached,
+        gradient_checkpointing=True,
+    )
+    trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+    original = make_model("llama").state_dict()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (logs[0]["L_r"], logs[0]["L_kl"]) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+    assert logs[-1]["L_r"] > 1e-3
+    assert logs[-1]["L_kl"] > 1e-3
+    trained = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    assert not any(torch.equal(trained[name], value) for name, value in original.items())
+    frozen = trainer.base.copy.root.state_dict()
+    assert all(torch.equal(frozen[name].cpu(), value) for name, value in original.items())
+    measured = trainer.measure(dataset)
+    plain = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).measure(dataset)
+    torch.testing.assert_close(measured.encoding.before, plain.encoding.before)
+    assert measured.encoding.kl > 1e-3
+
+
+def test_an_adapter_that_is_there_cannot_be_wished_away(make_model, make_config, dataset, tokenizer) -> None:
+    wrapped = SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer).model
+    with pytest.raises(InputError, match="--adapter: expected lora or dora for a model that has an adapter, got none"):
+        SeerTrainer(wrapped, make_config(adapter="none"), dataset, tokenizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("options", "retain_dataset"),
+    [
+        ({}, None),
+        ({"positions": ["response_mean", "last"], "kl_form": "label"}, RETAIN),
+        ({"kl_weight": 0.0, "retain_normalization": "token"}, RETAIN),
+        ({"kl_weight": 0.0, "retain_weight": 0.0}, RETAIN),
+    ],
+)
+def test_cached_gradient_is_that_of_the_whole_batch(
+    make_model, make_config, dataset, tokenizer, chunk, options, retain_dataset
+) -> None:
+    config = make_config(lora_dropout=0.0, target_layers=[0, 2], grad_cache_chunk=chunk, **options)
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=retain_dataset))
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    expected = gradients(trainer, loss)
+    seen: list[int] = []
+    trainer.stack.root.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    cached, cached_terms = trainer.objective.cached_backward(trainer.model, batch, 0.0, chunk, Tensor.backward)
+    assert max(seen) <= chunk
+    torch.testing.assert_close(cached, loss.detach())
+    torch.testing.assert_close(cached_terms, terms)
+    assert_same_gradient([p.grad for p in trainer.model.parameters() if p.requires_grad], expected)
+
+
+def test_a_run_with_cached_gradients_is_the_run_without(make_model, make_config, dataset, tokenizer) -> None:
+    logs = []
+    for chunk in (None, 3):
+        config = make_config(
+            grad_cache_chunk=chunk,
+            max_steps=3,
+            logging_steps=1,
+            lora_dropout=0.0,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+        )
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+        exact(trainer).model.float()
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for whole, cached in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "L_d", "L_r", "L_kl"):
+            assert cached[name] == pytest.approx(whole[name], rel=1e-3, abs=2e-4), name
+
+
+def test_second_texts_of_past_batches_are_further_negatives(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(
+        memory_bank_size=6,
+        positions=["last", "response_mean"],
+        target_layers=[0, 2],
+        retain_weight=0.0,
+        kl_weight=0.0,
+        lora_dropout=0.0,
+    )
+    trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer))
+    past: list[tuple[Tensor, Tensor]] = []
+    for batch in trainer.get_train_dataloader():
+        ids, pairs = batch["concept_ids"], len(batch["concept_ids"])
+        views = []
+        for texts in (texts_of(batch)[:pairs], texts_of(batch)[pairs:]):
+            outputs = [states_and_logits(trainer, text.ids)[0] for text in texts]
+            views.append(
+                torch.stack(
+                    [
+                        torch.stack(
+                            [
+                                torch.stack(
+                                    [
+                                        at_position(states[layer + 1][0], text.request_length, position)
+                                        for states, text in zip(outputs, texts, strict=True)
+                                    ]
+                                )
+                                for layer in (0, 2)
+                            ]
+                        )
+                        for position in config.positions
+                    ]
+                )
+            )  # [P, L, B, D]
+        keys = torch.cat([views[1], *(old for old, _ in past)], dim=2)
+        labels = torch.cat([ids, *(old for _, old in past)])
+        cosines = torch.nn.functional.cosine_similarity(views[0].unsqueeze(3), keys.unsqueeze(2), dim=-1)
+        own = torch.eye(pairs, len(labels), dtype=torch.bool)
+        scores = (cosines / config.temperature).masked_fill((ids[:, None] == labels) & ~own, -torch.inf)
+        expected = 10 * (scores.logsumexp(-1) - scores.diagonal(dim1=-2, dim2=-1)).mean()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-6, atol=0)
+        joined = (
+            torch.cat([old for old, _ in past] + [views[1].detach()], dim=2),
+            torch.cat([*(o for _, o in past), ids]),
+        )
+        past = [(joined[0][:, :, -6:], joined[1][-6:])]
+    assert len(past[0][1]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"disentangle_loss": "ot_contrastive", "negatives": "ring"},
+            "--negatives: expected local with",
+        ),
+        (
+            {"disentangle_loss": "nt_xent", "memory_bank_size": 4},
+            "--memory_bank_size: expected none with",
+        ),
+        ({"memory_bank_size": 0}, "--memory_bank_size: expected a whole number >= 1, got 0"),
+        ({"grad_cache_chunk": 0}, "--grad_cache_chunk: expected a whole number >= 1, got 0"),
+        (
+            {"memory_bank_size": 4, "view_dropout": 0.1, "positions": ["response_mean"]},
+            "--memory_bank_size: expected none where --view_dropout takes away --positions, got 4",
+        ),
+    ],
+)
+def test_negatives_that_do_not_go_together(make_config, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(**options)
+
+
+def test_one_process_has_no_others_to_ask(make_model, make_config, dataset, tokenizer) -> None:
+    with pytest.raises(InputError, match="--negatives: expected local in a run of one process, got 'gather'"):
+        SeerTrainer(make_model("llama"), make_config(negatives="gather"), dataset, tokenizer)

@@ -32,8 +32,9 @@ def dataset() -> ConceptDataset:
 def test_tokenizer_writes_and_reads_the_chat_template(dataset: ConceptDataset) -> None:
     tokenizer = build_tokenizer(list(SENTENCES.values()))
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
-    (row,) = tokenize(tokenizer, [Text("Why?", "Waves, über é!", "")], WINDOW)
+    ((row, request_length),) = tokenize(tokenizer, [Text("Why?", "Waves, über é!", "")], WINDOW)
     assert tokenizer.decode(row) == "<|user|>Why?<|end|><|assistant|>Waves, über é!<|end|>"
+    assert tokenizer.decode(row[:request_length]) == "<|user|>Why?<|end|><|assistant|>"
     special = [tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "<|end|>", "<|assistant|>")]
     assert [token for token in row if token in special] == [special[0], special[1], special[2], special[1]]
     prompt = tokenizer.apply_chat_template(
@@ -58,7 +59,7 @@ def test_training_lowers_the_loss_and_is_decided_by_the_seed(dataset: ConceptDat
         return loss(model), model.lm_head.weight.detach()
 
     def loss(model: torch.nn.Module) -> float:
-        row = torch.tensor(tokenize(tokenizer, dataset.texts[:1], WINDOW))
+        row = torch.tensor([tokenize(tokenizer, dataset.texts[:1], WINDOW)[0].ids])
         model.eval()
         with torch.no_grad():
             return float(model(input_ids=row, labels=row).loss)
@@ -88,7 +89,7 @@ def test_a_page_is_of_one_concept_and_every_epoch_has_its_own(
     monkeypatch.setattr("seer.demo.language_model.Trainer", Reader)
     train_language_model(build_model(tokenizer, 0), tokenizer, dataset, seed=0, epochs=2)
 
-    rows = tokenize(tokenizer, dataset.texts, WINDOW)
+    rows = [row.ids for row in tokenize(tokenizer, dataset.texts, WINDOW)]
     lengths = [sum(len(rows[index]) for index in np.flatnonzero(dataset.concept_ids == c)) for c in (0, 1)]
     assert len(read) == 2 * sum(length // WINDOW for length in lengths)
     sea, wood = (set(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES.values())

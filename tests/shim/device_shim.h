@@ -28,6 +28,7 @@
 #include <vector>
 
 #define SEER_KERNEL(blocks_per_multiprocessor) void
+#define SEER_KERNEL_OF(most_threads) void
 #define SEER_SHARED(type, name, count) type* const name = ::seer::shim::block->shared<type>(count, [] {})
 
 namespace seer::shim {
@@ -161,17 +162,22 @@ class Block {
 
   int thread() const { return running_; }
 
-  void barrier() {
+  // Whether any thread came with `flag`.
+  bool barrier(bool flag) {
     pause(64);
-    if (!state.barriers || ++fibers_[running_].barriers == state.missing_barrier) return;
+    if (!state.barriers || ++fibers_[running_].barriers == state.missing_barrier) return flag;
     ++at_barrier_;
+    coming_ |= flag;
     wait(Waiting::kBarrier);
+    return came_;
   }
 
-  // Trades `value` with the lane whose index differs in the bits of `mask`.
-  uint64_t shuffle(uint64_t value, int mask, size_t bytes) {
+  int lane() const { return running_ % kWarp; }
+
+  // Gives `value`, and takes what the lane `from` gives. Lanes that meet must do so with the same `mask`.
+  uint64_t shuffle(uint64_t value, int from, int mask, size_t bytes) {
     Warp& warp = warps_[running_ / kWarp];
-    const int lane = running_ % kWarp;
+    const int lane = this->lane();
     if (warp.arrived > 0 && (warp.mask != mask || warp.bytes != bytes)) {
       throw std::runtime_error("lanes of a warp meet in different shuffles");
     }
@@ -187,7 +193,7 @@ class Block {
     } else {
       wait(Waiting::kShuffle);
     }
-    return warp.taken[lane ^ mask];
+    return warp.taken[from];
   }
 
   void copy_later(void* to, const void* from, size_t bytes) {
@@ -299,6 +305,8 @@ class Block {
   void pass_barrier() {
     if (at_barrier_ == 0 || at_barrier_ < live_) return;
     at_barrier_ = 0;
+    came_ = coming_;
+    coming_ = false;
     uint64_t acquired = 0;
     for (const Fiber& fiber : fibers_) acquired = std::max(acquired, fiber.acquired);
     for (size_t t = 0; t < fibers_.size(); ++t) {
@@ -338,6 +346,7 @@ class Block {
   ucontext_t outside_;  // whoever called run()
   std::exception_ptr error_;
   int running_ = 0, live_, at_barrier_ = 0;
+  bool coming_ = false, came_ = false;  // flags of the threads at the barrier, and of those at the last one
   const int leader_, laggard_;
 };
 
@@ -356,17 +365,30 @@ inline int team_index() { return shim::block->thread() / shim::block->team_threa
 inline int team_threads() { return shim::block->team_threads; }
 inline int team_thread() { return shim::block->thread() % shim::block->team_threads; }
 
-inline void barrier() { shim::block->barrier(); }
+inline void barrier() { shim::block->barrier(false); }
+inline bool barrier_any(bool flag) { return shim::block->barrier(flag); }
 
 template <class T>
-inline T shuffle_xor(T value, int mask) {
+inline T shuffle(T value, int from, int mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = shim::block->shuffle(bits, mask, sizeof(T));
+  bits = shim::block->shuffle(bits, from, mask, sizeof(T));
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
+
+template <class T>
+inline T shuffle_xor(T value, int mask) {
+  return shuffle(value, shim::block->lane() ^ mask, mask);
+}
+
+template <class T>
+inline T shuffle_from(T value, int from) {
+  return shuffle(value, from, 0);
+}
+
+inline int recomputed(int value) { return value; }
 
 template <class T>
 inline T* dynamic_shared() {
@@ -466,6 +488,9 @@ inline void queue_zeros(const char*, Place, void* memory, int64_t bytes) {
 }
 
 inline int shared_memory_of_half_a_multiprocessor(const char*, Place) { return shim::state.shared_bytes; }
+
+inline int most_shared_memory(const char*, Place) { return shim::state.shared_bytes; }
+inline int multiprocessors(const char*, Place) { return shim::kResident - 1; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), Place, int64_t blocks, int teams, int threads, int shared_bytes,

@@ -1,6 +1,7 @@
 // The CUDA kernels' source, compiled for the CPU, behind functions that ctypes can call. They return null or an error.
 #include "../../csrc/cuda/contrastive.cu"
 #include "../../csrc/cuda/fused.cu"
+#include "../../csrc/cuda/sinkhorn.cu"
 
 #include <string>
 
@@ -54,6 +55,17 @@ const char* fused_scratch(int64_t P, int64_t N, int64_t M, int64_t D, bool self_
   }                                                                                                                \
   const char* fused_gradients_##suffix(const seer::FusedGradients<T>* gradients) {                                 \
     return error_of([=] { seer::cuda::fused_gradients(*gradients, 0, 0); });                                       \
+  }                                                                                                                \
+  const char* sinkhorn_scratch_##suffix(const seer::Transport<T>* transport, bool gradient, int64_t* result) {     \
+    return error_of([=] { *result = seer::cuda::sinkhorn_scratch(*transport, gradient, 0); });                     \
+  }                                                                                                                \
+  const char* sinkhorn_solve_##suffix(const seer::Transport<T>* transport, const seer::Stopping* stopping,         \
+                                      const seer::Potentials<T>* results, std::uintptr_t scratch) {                \
+    return error_of([=] { seer::cuda::sinkhorn_solve(*transport, *stopping, *results, scratch, 0, 0); });          \
+  }                                                                                                                \
+  const char* sinkhorn_gradient_##suffix(const seer::Transport<T>* transport, const seer::Potentials<T>* at,       \
+                                         const seer::TransportGradient<T>* gradient, std::uintptr_t scratch) {     \
+    return error_of([=] { seer::cuda::sinkhorn_gradient(*transport, *at, *gradient, scratch, 0, 0); });            \
   }
 
 SEER_SHIM_EXPORT(float, f32)
