@@ -235,6 +235,7 @@ class TransportCase(NamedTuple):
 _TRANSPORT_TYPES = {
     **dict.fromkeys(("n", "m", "count", "parts", "part_rows", "blocks", "row_count", "column_count"), "i32"),
     **dict.fromkeys(("tau_a", "tau_b", "tolerance", "anneal_tolerance", "anneal_factor", "constant_rate"), "fp32"),
+    **dict.fromkeys(("share_a", "share_b"), "fp32"),
     **dict.fromkeys(("active", "clean", "iterations"), "*i32"),
     **dict.fromkeys(("x_lengths", "y_lengths"), "*i64"),
     "max_iterations": "i32",
@@ -255,7 +256,13 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
             ("sweep", {"COSTS": False, **equal}),
             ("sweep", {"COSTS": True, **equal, **one_sided}),
         ],
-        False: [("iterate", {"RELAXED": True}), ("sweep", {"COSTS": True})],
+        False: [
+            ("iterate", {"RELAXED": True}),
+            ("sweep", {"COSTS": True}),
+            ("alternate", {}),
+            ("alternate_back", {"ADD": True}),
+            ("alternate_back", {"ADD": False}),
+        ],
     }
     tile = {"ROWS": 4, "COLUMNS": transport.ELEMENTWISE_COLUMNS}
     others: list[tuple[str, dict[str, Any]]] = [
@@ -265,6 +272,7 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
         ("decide", {"RELAXED": True, "BLOCK": 128}),
         ("decide", {"RELAXED": False, "BLOCK": 128}),
         ("add_parts", {"BLOCK": 128}),
+        ("alternate_columns", {"BLOCK": 128}),
         ("cost_gradient", tile),
         ("cost_gradient", {**tile, "along": None, "largest": None, "top": None}),
         ("unscale", tile),
