@@ -291,12 +291,15 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
 
 
 def some_transport_cases() -> list[tuple[str, TransportCase]]:
-    """An iteration with the longest resident rows and with streamed ones, for each chip; on sm_90 each other kernel."""
+    """What keeps sums of columns, with the longest resident rows and with streamed ones, for each chip; on sm_90 each
+    other kernel."""
+    many_sums = ("iterate", "alternate", "alternate_back")
     seen, some = set(), []
     for target, case in reversed(every_transport_case()):
-        tile = dict(case.switches).get("COLUMNS", 0), dict(case.switches).get("RESIDENT")
-        if case.kernel == "iterate" and tile[0] >= transport.STREAMED_TILE[1]:
-            some.append((target, case))
+        switches = dict(case.switches)
+        if case.kernel in many_sums:
+            if not switches["RESIDENT"] or switches["COLUMNS"] >= transport.RESIDENT_COLUMNS_OF_OTHERS:
+                some.append((target, case))
         elif target == "sm_90" and case.kernel not in seen:
             seen.add(case.kernel)
             some.append((target, case))
