@@ -14,8 +14,7 @@ from torch import Tensor
 from seer_kernels import _checks, _dispatch, _operators
 from seer_kernels.contrastive.functional import REDUCTIONS, _check_values, _pair_labels
 from seer_kernels.contrastive.problem import accumulation_dtype
-from seer_kernels.sinkhorn import native, reference
-from seer_kernels.sinkhorn.costs import choose_backend, cost_matrix
+from seer_kernels.sinkhorn.costs import backend_module, choose_backend, cost_matrix
 from seer_kernels.sinkhorn.functional import solve_costs
 from seer_kernels.sinkhorn.problem import Alternation
 
@@ -75,7 +74,7 @@ def ot_contrastive(
             as query nor as key. Its features must still be finite.
         reduction: `"mean"` over rows, by weight (0 if there are none), `"sum"` of weight x loss, or `"none"` for
             weight x loss per row.
-        backend: as in `sinkhorn`; without a tolerance `"native"` is for CPUs, and there is no `"triton"`.
+        backend: as in `sinkhorn`; without a tolerance `"native"` is for CPUs.
         validate: as in `info_nce`.
 
     Returns:
@@ -277,7 +276,8 @@ def _alternate_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last potential of the columns [P, M], and the normalisers that the gradient needs (see `Alternation`)."""
     alternation = _alternation(cost, log_a, log_b, start, share_a, share_b, iterations)
-    result: tuple[Tensor, Tensor, Tensor] = _alternating(cost, backend).alternate(alternation)
+    module = backend_module(backend, cost, _no_alternation(cost.device))
+    result: tuple[Tensor, Tensor, Tensor] = module.alternate(alternation)
     return result
 
 
@@ -312,8 +312,8 @@ def _alternate_back_kernel(
 ) -> Tensor:
     """The gradient to the costs, from the one to the last potential [P, M]."""
     alternation = _alternation(cost, log_a, log_b, start, share_a, share_b, len(rows))
-    backend_module = _alternating(cost, backend)
-    result: Tensor = backend_module.alternate_gradient(alternation, rows, columns, gradient.contiguous())
+    module = backend_module(backend, cost, _no_alternation(cost.device))
+    result: Tensor = module.alternate_gradient(alternation, rows, columns, gradient.contiguous())
     return result
 
 
@@ -329,16 +329,10 @@ def _alternation(
     )
 
 
-def _alternating(cost: Tensor, backend: str) -> Any:
-    """The module whose functions alternate."""
-    chosen = choose_backend(backend, cost, cost.shape[1], cost.shape[2], _no_alternation(cost.device))
-    return native if chosen == "native" else reference
-
-
 def _no_alternation(device: torch.device) -> dict[str, str]:
     """Why backends do not alternate there: compiled code does so on CPUs only."""
     reason = "it has no kernel for a fixed number of iterations there, only for a tolerance"
-    return {"triton": reason} if device.type == "cpu" else {"native": reason, "triton": reason}
+    return {} if device.type == "cpu" else {"native": reason}
 
 
 class _Alternate(torch.autograd.Function):

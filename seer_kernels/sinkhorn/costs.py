@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seer_kernels import _checks, _dispatch, _operators
-from seer_kernels.sinkhorn import native
+from seer_kernels.sinkhorn import native, reference
 from seer_kernels.sinkhorn.problem import CANCELLED, Clouds, accumulation_dtype, existing
 
 CLOSE_ELEMENTS = 1 << 22
@@ -100,6 +100,16 @@ def choose_backend(requested: str, like: Tensor, n: int, m: int, lacks: Mapping[
     """
     obstacles = {"native": native.lacks(like.device, like.dtype, like.shape[0], n, m), **(lacks or {})}
     return _dispatch.choose(requested, like.device, like.dtype, obstacles)
+
+
+def backend_module(requested: str, cost: Tensor, lacks: Mapping[str, str] | None = None) -> Any:
+    """The module to run on costs [B, n, m] like these, by the caller's choice of backend; `lacks` as above."""
+    chosen = choose_backend(requested, cost, cost.shape[1], cost.shape[2], lacks)
+    if chosen == "triton":
+        from seer_kernels.sinkhorn import triton_kernels  # takes long to import, and exists on Linux only
+
+        return triton_kernels
+    return {"reference": reference, "native": native}[chosen]
 
 
 def _cost_kernel(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from seer_kernels import _checks, _dispatch, _operators
-from seer_kernels.sinkhorn import native, reference
-from seer_kernels.sinkhorn.costs import TWICE, choose_backend, cost_matrix, exact_products
+from seer_kernels.sinkhorn import reference
+from seer_kernels.sinkhorn.costs import TWICE, backend_module, cost_matrix, exact_products
 from seer_kernels.sinkhorn.problem import (
     COSTS,
     GRADIENTS,
@@ -123,7 +123,7 @@ def sinkhorn(
         tolerance: a problem stops once its marginal error (see `SinkhornResult`) is below it.
         gradient: `"envelope"`: to `value` only, exact at convergence. `"implicit"`: also to `transport_cost`, the
             potentials and `plan()`, by a linear solve. `"unrolled"`: through the iterations (reference only).
-        backend: `"auto"`, `"reference"` or `"native"`; see `seer_kernels.backends()`.
+        backend: `"auto"`, `"reference"`, `"native"` or `"triton"`; see `seer_kernels.backends()`.
 
     While a CUDA graph is captured nothing may wait for values: they are not checked, and no warning is given. Of a
     problem whose costs cannot be used the results are NaN then, and `converged` holds as ever. Only `"native"` can be
@@ -425,16 +425,6 @@ def _problem(
     )
 
 
-def _backend(requested: str, cost: Tensor) -> Any:
-    """The module to run on costs like these, by the caller's choice of backend."""
-    chosen = choose_backend(requested, cost, cost.shape[1], cost.shape[2])
-    if chosen == "triton":
-        from seer_kernels.sinkhorn import triton_kernels  # takes long to import, and exists on Linux only
-
-        return triton_kernels
-    return {"reference": reference, "native": native}[chosen]
-
-
 def _run(backend: Any, problem: Problem) -> Solution:
     with exact_products(problem.cost.device):
         solution: Solution = backend.solve(problem)
@@ -475,7 +465,7 @@ def _sinkhorn_kernel(
     problem = _problem(
         cost, a, b, eps, x_lengths, y_lengths, tau_a, tau_b, scale_cost, max_iterations, tolerance, cost_name, weighted
     )
-    return _run(_backend(backend, cost), problem)
+    return _run(backend_module(backend, cost), problem)
 
 
 def _sinkhorn_fake(
@@ -530,7 +520,7 @@ def _gradient_kernel(
         scale_cost,
     )
     arrived = (value_gradient, transport_cost_gradient, f_gradient, g_gradient, scale_gradient)
-    chosen = _backend(backend, cost)
+    chosen = backend_module(backend, cost)
     with exact_products(cost.device):
         cotangents = Cotangents(*(None if x is None else x.contiguous() for x in arrived))
         gradients: Gradients = chosen.gradients(problem, f, g, scale, cotangents)

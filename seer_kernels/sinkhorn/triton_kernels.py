@@ -7,7 +7,12 @@ a problem that is done return at once. The arithmetic is that of the logarithmic
 cost take less time than reading it, and neither a kernel matrix nor an absorption is needed.
 
 `_sweep` is the same pass for given potentials, E_ij = exp((f_i + g_j - C_ij) / eps): products with E from both sides,
-of which the results and all gradients are made. Deterministic: sums run in a fixed order.
+of which the results and all gradients are made.
+
+`_alternate` and `_alternate_back` are such a pass for a fixed number of normalisations and for its gradient. Nothing
+tells in advance how large a column's sum will be, so that each is kept with its largest term.
+
+Deterministic: sums run in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from seer_kernels.sinkhorn.problem import (
     ANNEAL_FACTOR,
     ANNEAL_START,
     ANNEAL_TOLERANCE,
+    Alternation,
     Cotangents,
     Gradients,
     Problem,
@@ -40,7 +46,7 @@ RESIDENT_COLUMNS = 16384
 """Up to here a row of costs and the sums of all columns fit into the registers of a multiprocessor;"""
 
 RESIDENT_COLUMNS_OF_OTHERS = 8192
-"""up to here where marginals are relaxed or sizes differ, which takes more of them."""
+"""up to here where marginals are relaxed, sizes differ or columns are kept with their largest terms: it takes more."""
 
 SMALL_COLUMNS = 256
 """Fewer columns are padded to this many."""
@@ -467,6 +473,184 @@ def _unscale(
         tl.store(at, result, mask=inside)
 
 
+@triton.jit
+def _add_terms(top, total, x, AXIS: tl.constexpr):
+    """Adds the exp(x) along AXIS to total exp(top), whose top is the largest exponent so far."""
+    higher = tl.maximum(top, tl.max(x, AXIS))
+    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(x - tl.expand_dims(higher, AXIS)), AXIS)
+
+
+@triton.jit
+def _log_sum(top, total):
+    """log(total exp(top)): -infinity where nothing has been added."""
+    nothing = total == 0
+    return tl.where(nothing, -float("inf"), top + tl.log(tl.where(nothing, 1.0, total)))
+
+
+@triton.jit
+def _alternate(
+    cost, log_a, potential, rows, tops, sums, share_a, n, m, parts, part_rows,
+    RESIDENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """rows_i = log sum_j exp(potential_j - C_ij), and the part of these rows in sum_i exp(log_a_i - share_a rows_i -
+    C_ij): sums exp(tops), both [P * parts, m]."""
+    program = tl.program_id(0)
+    p = (program // parts).to(tl.int64)
+    first = program % parts * part_rows
+    last = tl.minimum(first + part_rows, n)
+    cost += p * n * m
+    log_a += p * n
+    rows += p * n
+    potential += p * m
+    tops += tl.cast(program, tl.int64) * m
+    sums += tl.cast(program, tl.int64) * m
+    if RESIDENT:
+        j = tl.arange(0, COLUMNS)
+        top = tl.zeros((COLUMNS,), tl.float32) + _ABSENT
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(first, last, ROWS):
+            i = start + tl.arange(0, ROWS)
+            c = _load_costs(cost, i, j, last, m, m, False)
+            level = tl.load(potential + j, mask=j < m, other=-float("inf"))
+            row_top = tl.zeros((ROWS,), tl.float32) + _ABSENT
+            row_top, row_total = _add_terms(row_top, tl.zeros((ROWS,), tl.float32), level[None, :] - c, 1)
+            row = _log_sum(row_top, row_total)
+            tl.store(rows + i, row, mask=i < last)
+            row_level = tl.load(log_a + i, mask=i < last, other=-float("inf")) - share_a * row
+            top, total = _add_terms(top, total, row_level[:, None] - c, 0)
+        tl.store(tops + j, top, mask=j < m)
+        tl.store(sums + j, total, mask=j < m)
+    else:
+        for begin in range(0, m, COLUMNS):
+            j = begin + tl.arange(0, COLUMNS)
+            tl.store(tops + j, tl.zeros((COLUMNS,), tl.float32) + _ABSENT, mask=j < m)
+            tl.store(sums + j, tl.zeros((COLUMNS,), tl.float32), mask=j < m)
+        tl.debug_barrier()
+        for start in range(first, last, ROWS):
+            i = start + tl.arange(0, ROWS)
+            row_top = tl.zeros((ROWS,), tl.float32) + _ABSENT
+            row_total = tl.zeros((ROWS,), tl.float32)
+            for begin in range(0, m, COLUMNS):
+                j = begin + tl.arange(0, COLUMNS)
+                c = _load_costs(cost, i, j, last, m, m, False)
+                level = tl.load(potential + j, mask=j < m, other=-float("inf"))
+                row_top, row_total = _add_terms(row_top, row_total, level[None, :] - c, 1)
+            row = _log_sum(row_top, row_total)
+            tl.store(rows + i, row, mask=i < last)
+            row_level = tl.load(log_a + i, mask=i < last, other=-float("inf")) - share_a * row
+            for begin in range(0, m, COLUMNS):
+                j = begin + tl.arange(0, COLUMNS)
+                c = _load_costs(cost, i, j, last, m, m, False)
+                top = tl.load(tops + j, mask=j < m, other=0.0)
+                total = tl.load(sums + j, mask=j < m, other=0.0)
+                top, total = _add_terms(top, total, row_level[:, None] - c, 0)
+                tl.store(tops + j, top, mask=j < m)
+                tl.store(sums + j, total, mask=j < m)
+            tl.debug_barrier()  # the next rows' thread for a column may be another one
+
+
+@triton.jit
+def _alternate_columns(log_b, tops, sums, columns, potential, share_b, m, parts, blocks, BLOCK: tl.constexpr):
+    """The columns' normalisers [P, m], of which each part of the rows knows its own terms, and potentials."""
+    program = tl.program_id(0)
+    p = (program // blocks).to(tl.int64)
+    j = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    top = tl.zeros((BLOCK,), tl.float32) + _ABSENT
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        at = (p * parts + part) * m + j
+        other = tl.load(tops + at, mask=j < m, other=_ABSENT)
+        higher = tl.maximum(top, other)
+        total *= tl.exp(top - higher)
+        total += tl.load(sums + at, mask=j < m, other=0.0) * tl.exp(other - higher)
+        top = higher
+    column = _log_sum(top, total)
+    tl.store(columns + p * m + j, column, mask=j < m)
+    tl.store(potential + p * m + j, tl.load(log_b + p * m + j, mask=j < m, other=0.0) - share_b * column, mask=j < m)
+
+
+@triton.jit
+def _column_flow(c, row_level, columns, gradient, share_b, j, m):
+    """What the gradient to the columns' potentials puts on the costs."""
+    column = tl.load(columns + j, mask=j < m, other=float("inf"))
+    arrived = share_b * tl.load(gradient + j, mask=j < m, other=0.0)
+    return tl.exp(row_level[:, None] - c - column[None, :]) * arrived[None, :]
+
+
+@triton.jit
+def _row_flow(c, row, moved, potential, j, m):
+    """What the gradient `moved` to the rows' normalisers puts on the costs, but for its sign."""
+    level = tl.load(potential + j, mask=j < m, other=-float("inf"))
+    return tl.exp(level[None, :] - c - row[:, None]) * moved[:, None]
+
+
+@triton.jit
+def _store_flow(cost_gradient, flow, i, j, last, m, ADD: tl.constexpr):
+    at = cost_gradient + i.to(tl.int64)[:, None] * m + j[None, :]
+    inside = (i < last)[:, None] & (j < m)[None, :]
+    if ADD:
+        flow += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, flow, mask=inside)
+
+
+@triton.jit
+def _alternate_back(
+    cost, log_a, potential, rows, columns, gradient, cost_gradient, parts_before, share_a, share_b,
+    n, m, parts, part_rows,
+    ADD: tl.constexpr, RESIDENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradient to the costs from the one to the potentials after an iteration, [P, m], with ADD on top of what
+    later iterations gave; parts [P * parts, m] of the gradient to the potentials before it."""
+    program = tl.program_id(0)
+    p = (program // parts).to(tl.int64)
+    first = program % parts * part_rows
+    last = tl.minimum(first + part_rows, n)
+    cost += p * n * m
+    cost_gradient += p * n * m
+    log_a += p * n
+    rows += p * n
+    potential += p * m
+    columns += p * m
+    gradient += p * m
+    parts_before += tl.cast(program, tl.int64) * m
+    if RESIDENT:
+        j = tl.arange(0, COLUMNS)
+        before = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(first, last, ROWS):
+            i = start + tl.arange(0, ROWS)
+            c = _load_costs(cost, i, j, last, m, m, False)
+            row = tl.load(rows + i, mask=i < last, other=float("inf"))
+            row_level = tl.load(log_a + i, mask=i < last, other=-float("inf")) - share_a * row
+            flow = _column_flow(c, row_level, columns, gradient, share_b, j, m)
+            back = _row_flow(c, row, -share_a * tl.sum(flow, 1), potential, j, m)
+            before -= tl.sum(back, 0)
+            _store_flow(cost_gradient, flow + back, i, j, last, m, ADD)
+        tl.store(parts_before + j, before, mask=j < m)
+    else:
+        for begin in range(0, m, COLUMNS):
+            j = begin + tl.arange(0, COLUMNS)
+            tl.store(parts_before + j, tl.zeros((COLUMNS,), tl.float32), mask=j < m)
+        tl.debug_barrier()
+        for start in range(first, last, ROWS):
+            i = start + tl.arange(0, ROWS)
+            row = tl.load(rows + i, mask=i < last, other=float("inf"))
+            row_level = tl.load(log_a + i, mask=i < last, other=-float("inf")) - share_a * row
+            sent = tl.zeros((ROWS,), tl.float32)
+            for begin in range(0, m, COLUMNS):
+                j = begin + tl.arange(0, COLUMNS)
+                c = _load_costs(cost, i, j, last, m, m, False)
+                sent += tl.sum(_column_flow(c, row_level, columns, gradient, share_b, j, m), 1)
+            for begin in range(0, m, COLUMNS):
+                j = begin + tl.arange(0, COLUMNS)
+                c = _load_costs(cost, i, j, last, m, m, False)
+                flow = _column_flow(c, row_level, columns, gradient, share_b, j, m)
+                back = _row_flow(c, row, -share_a * sent, potential, j, m)
+                _store_flow(cost_gradient, flow + back, i, j, last, m, ADD)
+                before = tl.load(parts_before + j, mask=j < m, other=0.0) - tl.sum(back, 0)
+                tl.store(parts_before + j, before, mask=j < m)
+            tl.debug_barrier()  # the next rows' thread for a column may be another one
+
+
 def solve(problem: Problem) -> Solution:
     """Alternating updates of f and g, each problem until its own stopping test is met."""
     with torch.cuda.device_of(problem.cost):
@@ -477,6 +661,55 @@ def gradients(problem: Problem, f: Tensor, g: Tensor, scale: Tensor, arrived: Co
     """Gradients by the envelope theorem for the value, by implicit differentiation for all else (README)."""
     with torch.cuda.device_of(problem.cost):
         return _Run(problem).gradients(f.contiguous(), g.contiguous(), scale, arrived)
+
+
+def alternate(alternation: Alternation) -> tuple[Tensor, Tensor, Tensor]:
+    """The last potential [P, M], and the normalisers of rows [iterations, P, N] and of columns [iterations, P, M]."""
+    t, (P, N, M) = alternation, alternation.cost.shape
+    partition, tiles = _launch(t.cost, plain=False)
+    parts, blocks = partition["parts"], triton.cdiv(M, 128)
+    rows, columns = t.cost.new_empty(t.iterations, P, N), t.cost.new_empty(t.iterations, P, M)
+    tops, sums = t.cost.new_empty(2, P * parts, M)
+    potential = torch.empty_like(t.start)
+    with torch.cuda.device_of(t.cost):
+        for step in range(t.iterations):
+            before = potential if step else t.start
+            _alternate[(P * parts,)](t.cost, t.log_a, before, rows[step], tops, sums, t.share_a, **partition, **tiles)
+            _alternate_columns[(P * blocks,)](
+                t.log_b, tops, sums, columns[step], potential, t.share_b, M, parts, blocks, BLOCK=128
+            )
+    return potential, rows, columns
+
+
+def alternate_gradient(alternation: Alternation, rows: Tensor, columns: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient to the costs [P, N, M], from the one to the last potential [P, M]: the iterations once more,
+    backwards."""
+    t, (P, _, M) = alternation, alternation.cost.shape
+    partition, tiles = _launch(t.cost, plain=False)
+    parts, blocks = partition["parts"], triton.cdiv(M, 128)
+    result, parts_before = torch.empty_like(t.cost), t.cost.new_empty(P * parts, M)
+    potentials = torch.cat([t.start.unsqueeze(0), t.log_b - t.share_b * columns[:-1]])  # before each iteration
+    with torch.cuda.device_of(t.cost):
+        for step in reversed(range(t.iterations)):
+            _alternate_back[(P * parts,)](
+                t.cost,
+                t.log_a,
+                potentials[step],
+                rows[step],
+                columns[step],
+                gradient,
+                result,
+                parts_before,
+                t.share_a,
+                t.share_b,
+                **partition,
+                ADD=step < t.iterations - 1,
+                **tiles,
+            )
+            if step:
+                gradient = torch.empty_like(t.start)
+                _add_parts[(P * blocks,)](parts_before, gradient, None, M, parts, blocks, BLOCK=128)
+    return result
 
 
 class Geometry(NamedTuple):
@@ -498,31 +731,35 @@ class Geometry(NamedTuple):
         return Geometry(True, min(8, max(1, TILE // columns)), columns, min(8, max(4, columns // 1024)))
 
 
+def _launch(cost: Tensor, *, plain: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """How rows of costs [B, n, m] are shared by programs, and the tiles in which each sees its own: as kernels take
+    them."""
+    B, n, m = cost.shape
+    shape = Geometry.of(m, plain=plain)
+    # Enough programs for all multiprocessors, each of which has room for some.
+    cuda = cost.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(cost.device).multi_processor_count if cuda else 1
+    wanted = max(1, processors * (TILE * 4 // (shape.rows * shape.columns)) // max(1, B))
+    part_rows = triton.cdiv(triton.cdiv(n, shape.rows), wanted) * shape.rows
+    return (
+        {"n": n, "m": m, "parts": triton.cdiv(n, part_rows), "part_rows": part_rows},
+        {"RESIDENT": shape.resident, "ROWS": shape.rows, "COLUMNS": shape.columns, "num_warps": shape.warps},
+    )
+
+
 class _Run:
     """The operands as the kernels take them, and the order in which the kernels run."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.B, self.n, self.m = problem.cost.shape
-        ragged = problem.x_lengths is not None or problem.y_lengths is not None
-        self.geometry = Geometry.of(self.m, plain=problem.balanced and not ragged)
-        rows, device = self.geometry.rows, problem.cost.device
-        # Enough programs for all multiprocessors, each of which has room for some.
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        wanted = max(1, processors * (TILE * 4 // (rows * self.geometry.columns)) // max(1, self.B))
-        self.part_rows = triton.cdiv(triton.cdiv(self.n, rows), wanted) * rows
-        self.parts = triton.cdiv(self.n, self.part_rows)
+        plain = problem.balanced and problem.x_lengths is None and problem.y_lengths is None
+        self.partition, self.tiles = _launch(problem.cost, plain=plain)
+        self.parts = self.partition["parts"]
         self.blocks = triton.cdiv(self.m, 128)
         self.row_blocks = triton.cdiv(self.n, 4)
         self.lengths = {"x_lengths": problem.x_lengths, "y_lengths": problem.y_lengths}
         self.sizes = {"n": self.n, "m": self.m}
-        self.partition = {**self.sizes, "parts": self.parts, "part_rows": self.part_rows}
-        self.tiles = {
-            "RESIDENT": self.geometry.resident,
-            "ROWS": rows,
-            "COLUMNS": self.geometry.columns,
-            "num_warps": self.geometry.warps,
-        }
         self.columns = self._empty(self.B * self.parts, self.m)
         self.log_b = problem.b.log().clamp(min=_ABSENT.value)
 
@@ -820,8 +1057,14 @@ class _Run:
         )
         rest = torch.where(has_row, per_weight - dots, 0.0)
         residual = torch.where(has_column, g_cotangent - b * sums, 0.0)
-        if problem.balanced:  # a constant is no direction: the right-hand side has none of it but by rounding
-            residual = residual - b * (_total_of(residual) / b.sum(-1, keepdim=True))
+
+        def without_constant(residual: Tensor) -> Tensor:
+            if not problem.balanced:
+                return residual
+            # A constant is no direction: the residual has none of it but by rounding, which grows unless taken off.
+            return residual - b * (_total_of(residual) / b.sum(-1, keepdim=True))
+
+        residual = without_constant(residual)
         q = torch.zeros_like(residual)
         direction = residual / diagonal
         size = first = _total_of(residual * direction)
@@ -836,7 +1079,7 @@ class _Run:
             going = going & (curvature > 0)
             length = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
             q = q + length * direction
-            residual = residual - length * applied
+            residual = without_constant(residual - length * applied)
             scaled = residual / diagonal
             new_size = torch.where(going, _total_of(residual * scaled), 0.0)
             direction = torch.where(going, scaled + new_size / torch.where(going, size, 1.0) * direction, direction)

@@ -99,6 +99,22 @@ def test_transport_against_the_reference(backend: str, dtype: torch.dtype) -> No
             assert error <= (FORMATS[dtype] if dtype != torch.float64 else 1e-4), error
 
 
+@pytest.mark.parametrize("keys", [60, 9000])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_normalisations_against_the_reference(backend: str, keys: int) -> None:
+    """Rows of costs that stay in registers and streamed ones; relaxed marginals, keys without a query."""
+    options = {"temperature": 0.1, "iterations": 4, "tau": (0.7, None)}
+    results = []
+    for device, dtype, name in (("cpu", torch.float64, "reference"), (DEVICE, torch.float32, backend)):
+        leaves = [x[0].to(device, dtype).requires_grad_() for x in features(1, 40, keys, 16, torch.float32)]
+        labels = {"query_labels": torch.arange(40, device=device), "key_labels": torch.arange(keys, device=device) % 50}
+        with served():
+            loss = ot_contrastive(*leaves, **options, **labels, backend=name)
+        results.append([x.cpu().double() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))])
+    for exact, got in zip(*results, strict=True):
+        assert (got - exact).abs().max() <= FORMATS[torch.float32] * exact.abs().max()
+
+
 def of_every_op(backend: str = "auto", rows: int = 40) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The public functions by name, of query [rows, D] and key [rows, D]; the result is 0-d."""
     labels = torch.arange(rows, device=DEVICE) // 3

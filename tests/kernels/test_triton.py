@@ -21,6 +21,9 @@ import seer_kernels
 from seer_kernels import _dispatch
 from seer_kernels.contrastive import functional, native, reference
 from seer_kernels.contrastive.problem import Pairing, Problem
+from seer_kernels.sinkhorn import reference as plain_transport
+from seer_kernels.sinkhorn.costs import backend_module
+from seer_kernels.transport_loss import _no_alternation
 
 HERE = Path(__file__).parent
 
@@ -142,6 +145,22 @@ def test_what_native_cuda_does_not_serve_goes_to_triton(
         with FakeTensorMode():
             problem = replace(problem, query=torch.empty(x.shape, device="cuda", dtype=torch.float64))
         assert functional._backend("auto", problem) is reference
+
+
+def test_a_fixed_number_of_normalisations_goes_to_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked with tensors that only say that they are on a GPU."""
+    monkeypatch.setattr(_dispatch, "_native_status", lambda: _dispatch.BackendStatus("native", ("cpu", "cuda"), ""))
+    monkeypatch.setattr(_dispatch, "_triton_status", lambda: _dispatch.BackendStatus("triton", ("cuda",), ""))
+    with FakeTensorMode():
+        single, double = (torch.empty(2, 8, 8, device="cuda", dtype=to) for to in (torch.float32, torch.float64))
+    lacks = _no_alternation(single.device)
+    assert backend_module("auto", single, lacks) is backend_module("triton", single, lacks) is transport
+    assert backend_module("auto", double, lacks) is plain_transport
+    with pytest.raises(
+        RuntimeError, match=r"'native' cannot run on cuda:0: it has no kernel for a fixed number .* 'tri"
+    ):
+        backend_module("native", single, lacks)
+    assert not _no_alternation(torch.device("cpu"))
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -235,6 +235,7 @@ class TransportCase(NamedTuple):
 _TRANSPORT_TYPES = {
     **dict.fromkeys(("n", "m", "count", "parts", "part_rows", "blocks", "row_count", "column_count"), "i32"),
     **dict.fromkeys(("tau_a", "tau_b", "tolerance", "anneal_tolerance", "anneal_factor", "constant_rate"), "fp32"),
+    **dict.fromkeys(("share_a", "share_b"), "fp32"),
     **dict.fromkeys(("active", "clean", "iterations"), "*i32"),
     **dict.fromkeys(("x_lengths", "y_lengths"), "*i64"),
     "max_iterations": "i32",
@@ -255,7 +256,13 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
             ("sweep", {"COSTS": False, **equal}),
             ("sweep", {"COSTS": True, **equal, **one_sided}),
         ],
-        False: [("iterate", {"RELAXED": True}), ("sweep", {"COSTS": True})],
+        False: [
+            ("iterate", {"RELAXED": True}),
+            ("sweep", {"COSTS": True}),
+            ("alternate", {}),
+            ("alternate_back", {"ADD": True}),
+            ("alternate_back", {"ADD": False}),
+        ],
     }
     tile = {"ROWS": 4, "COLUMNS": transport.ELEMENTWISE_COLUMNS}
     others: list[tuple[str, dict[str, Any]]] = [
@@ -265,6 +272,7 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
         ("decide", {"RELAXED": True, "BLOCK": 128}),
         ("decide", {"RELAXED": False, "BLOCK": 128}),
         ("add_parts", {"BLOCK": 128}),
+        ("alternate_columns", {"BLOCK": 128}),
         ("cost_gradient", tile),
         ("cost_gradient", {**tile, "along": None, "largest": None, "top": None}),
         ("unscale", tile),
@@ -283,12 +291,15 @@ def every_transport_case() -> list[tuple[str, TransportCase]]:
 
 
 def some_transport_cases() -> list[tuple[str, TransportCase]]:
-    """An iteration with the longest resident rows and with streamed ones, for each chip; on sm_90 each other kernel."""
+    """What keeps sums of columns, with the longest resident rows and with streamed ones, for each chip; on sm_90 each
+    other kernel."""
+    many_sums = ("iterate", "alternate", "alternate_back")
     seen, some = set(), []
     for target, case in reversed(every_transport_case()):
-        tile = dict(case.switches).get("COLUMNS", 0), dict(case.switches).get("RESIDENT")
-        if case.kernel == "iterate" and tile[0] >= transport.STREAMED_TILE[1]:
-            some.append((target, case))
+        switches = dict(case.switches)
+        if case.kernel in many_sums:
+            if not switches["RESIDENT"] or switches["COLUMNS"] >= transport.RESIDENT_COLUMNS_OF_OTHERS:
+                some.append((target, case))
         elif target == "sm_90" and case.kernel not in seen:
             seen.add(case.kernel)
             some.append((target, case))
