@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from transformers import (
 
 from seer import ConceptDataset, SeerConfig
 from seer.data import Text
+
+# On problems this small threads mostly wait for each other, busily; in the processes that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
 WORDS = {
