@@ -30,10 +30,11 @@ if not hasattr(losses.CachedMultipleNegativesRankingLoss, "forward_cached"):
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
-    """`sentence_transformers.losses.MultipleNegativesRankingLoss`, in all directions and both partition modes.
+    """`sentence_transformers.losses.MultipleNegativesRankingLoss`, in both partition modes.
 
     Args:
-        model, scale, gather_across_devices, directions, partition_mode: as in the original.
+        model, scale, gather_across_devices, partition_mode: as in the original.
+        directions: as in the original; "doc_to_doc" needs "doc_to_query".
         similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`.
         hardness_mode, hardness_strength: must leave the negatives as they are (None, or strength 0).
 
@@ -54,8 +55,8 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
     """`sentence_transformers.losses.CachedMultipleNegativesRankingLoss`: embeddings in mini-batches, one loss.
 
     Args:
-        model, scale, gather_across_devices, directions, partition_mode: as in the original.
-        similarity_fct, hardness_mode, hardness_strength: as in `MultipleNegativesRankingLoss`.
+        model, scale, gather_across_devices, partition_mode: as in the original.
+        directions, similarity_fct, hardness_mode, hardness_strength: as in `MultipleNegativesRankingLoss`.
         mini_batch_size, mini_batch_num_tokens, show_progress_bar: as in the original; they bound what is encoded at a
             time. The loss needs no mini-batches.
 
@@ -131,6 +132,11 @@ def _normalizes(loss: Any) -> bool:
     supported("similarity_fct", loss.similarity_fct, (cos_sim, dot_score), original)
     if getattr(loss, "hardness_mode", None) is not None and loss.hardness_strength > 0:
         supported("hardness_mode", loss.hardness_mode, (None,), original)
+    directions = getattr(loss, "directions", ())
+    if "doc_to_doc" in directions and "doc_to_query" not in directions:
+        raise ValueError(
+            f'directions must have "doc_to_query" where they have "doc_to_doc" here; got {directions}. Instead: {original}'
+        )
     return bool(loss.similarity_fct is cos_sim)
 
 
@@ -165,7 +171,7 @@ def _ranking_loss(loss: Any, columns: list[Tensor]) -> Tensor:
             query, keys, query_labels=rows, key_labels=labels, same_label="ignore", reduction=reduction, **options
         )
 
-    backwards = directions & {"doc_to_query", "doc_to_doc"}
+    backwards = "doc_to_query" in directions
     if loss.partition_mode == "per_direction" and backwards and queries is anchors:
         return info_nce(anchors, torch.cat(documents), symmetric=True, **options)
     same_kind = [queries] if "query_to_query" in directions else []
@@ -177,9 +183,4 @@ def _ranking_loss(loss: Any, columns: list[Tensor]) -> Tensor:
     backwards_loss = one_sided(positives, [queries], same_kind, reduction)
     if loss.partition_mode == "per_direction":
         return (forwards_loss + backwards_loss) / 2
-    if "doc_to_query" in directions:
-        return torch.logaddexp(forwards_loss, backwards_loss).mean()
-    # The pair was needed to have a loss, but "doc_to_doc" does not count it: its share of the sum is 1.
-    largest = torch.maximum(forwards_loss, backwards_loss).detach()
-    total = (forwards_loss - largest).exp() + (backwards_loss - largest).exp() - (-largest).exp()
-    return (total.log() + largest).mean()
+    return torch.logaddexp(forwards_loss, backwards_loss).mean()
