@@ -135,7 +135,8 @@ def _normalizes(loss: Any) -> bool:
     directions = getattr(loss, "directions", ())
     if "doc_to_doc" in directions and "doc_to_query" not in directions:
         raise ValueError(
-            f'directions must have "doc_to_query" where they have "doc_to_doc" here; got {directions}. Instead: {original}'
+            'directions must have "doc_to_query" where they have "doc_to_doc" here; '
+            f"got {directions}. Instead: {original}"
         )
     return bool(loss.similarity_fct is cos_sim)
 
