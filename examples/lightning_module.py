@@ -19,21 +19,18 @@ class TwoViews(lightning.LightningModule):
         losses = seer_kernels.distributed if self.trainer.world_size > 1 else seer_kernels
         first, second = (self.encoder(batch[0] + 0.3 * torch.randn_like(batch[0])) for _ in range(2))
         loss, stats = losses.nt_xent(first, second, temperature=0.2, return_stats=True)
-        self.log_dict({"loss": loss, "accuracy": stats.top1_accuracy}, prog_bar=True)
+        self.log_dict({"loss": loss, "accuracy": stats.top1_accuracy})
         return loss
+
+    def on_train_epoch_end(self):
+        metrics = self.trainer.callback_metrics
+        self.print(f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}")
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 lightning.seed_everything(0)
-trainer = lightning.Trainer(
-    max_epochs=3,
-    accelerator="auto",
-    precision="bf16-mixed",
-    accumulate_grad_batches=2,
-    logger=False,
-    enable_checkpointing=False,
-)
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+trainer = lightning.Trainer(max_epochs=3, precision="bf16-mixed", accumulate_grad_batches=2, **quiet)
 trainer.fit(TwoViews(), DataLoader(TensorDataset(torch.randn(256, 32)), batch_size=32, shuffle=True))
-print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()})
