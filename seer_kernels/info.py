@@ -54,13 +54,17 @@ def report() -> str:
         devices = ", ".join(status.devices) or "not available"
         lines.append(f"backend {status.name}: {devices}" + (f" ({status.reason})" if status.reason else ""))
     lines.append(f"native module: {_native()}")
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {package: _version(package) for package in PACKAGES}
+    lines += [f"{package} {version}" for package, version in versions.items() if version]
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _native() -> str:

@@ -28,7 +28,7 @@ def supported(name: str, value: object, choices: tuple[object, ...], instead: st
         raise ValueError(f"{name} must be {shown} here; got {value!r}. Instead: {instead}")
 
 
-def to_tensors(**arrays: Any) -> tuple[dict[str, Tensor | None], bool]:
+def to_tensors(**arrays: Any) -> tuple[dict[str, Any], bool]:
     """The arguments as tensors, None left as it is, and whether they were numpy arrays; TypeError where kinds mix."""
     given = {name: array for name, array in arrays.items() if array is not None}
     for name, array in given.items():
@@ -42,7 +42,7 @@ def to_tensors(**arrays: Any) -> tuple[dict[str, Tensor | None], bool]:
     if not numpy:
         return arrays, False
     # Copied where torch could not share it: it knows neither read-only arrays nor negative strides.
-    shared = {name: torch.from_numpy(np.require(array, requirements="CW")) for name, array in given.items()}
+    shared = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in given.items()}
     return {name: shared.get(name) for name in arrays}, True
 
 

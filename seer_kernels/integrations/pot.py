@@ -77,7 +77,6 @@ def solve_batch(
     tensors, numpy = to_tensors(M=M, a=a, b=b)
     cost = tensors["M"]
     check_cost_matrix(cost)
-    assert cost is not None
     if cost.dim() != 3:
         raise ValueError(f"M must have shape (B, n, m); got {tuple(cost.shape)}")
     for name in "ab":
@@ -142,8 +141,6 @@ def solve_sample_batch(
     tensors, numpy = to_tensors(X_a=X_a, X_b=X_b, a=a, b=b)
     x, y = tensors["X_a"], tensors["X_b"]
     check_cloud_pair(x, y)
-    assert x is not None
-    assert y is not None
     if x.dim() != 3:
         raise ValueError(f"X_a must have shape (B, n, D); got {tuple(x.shape)}")
     costs = to_host(cost_matrix(x, y, None, None, metric, "auto"), numpy)

@@ -48,7 +48,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """The loss of anchors (N, D), positives (N, D) and, for each further column, negatives (N, D)."""
-        return _ranking_loss(self, embeddings)
+        loss: Tensor = _ranking_loss(self, embeddings)
+        return loss
 
 
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
@@ -72,7 +73,7 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The loss of the columns' embeddings, given in mini-batches; with its backward pass up to them if asked."""
-        loss = _ranking_loss(self, [torch.cat(column) for column in reps])
+        loss: Tensor = _ranking_loss(self, [torch.cat(column) for column in reps])
         if not with_backward:
             return loss
         loss.backward()
@@ -141,7 +142,7 @@ def _normalizes(loss: Any) -> bool:
     return bool(loss.similarity_fct is cos_sim)
 
 
-def _ranking_loss(loss: Any, columns: list[Tensor]) -> Tensor:
+def _ranking_loss(loss: Any, columns: list[Tensor]) -> Any:
     """The loss of columns [N, D] of anchors, positives and negatives, with the options of `loss`.
 
     The losses of row i as an anchor, log(sum of exp of its scores) minus the score of its pair, share that pair, so the
@@ -157,9 +158,9 @@ def _ranking_loss(loss: Any, columns: list[Tensor]) -> Tensor:
         shift = -get_rank() * own
         queries, *documents = (all_gather_with_grad(column).roll(shift, 0) for column in columns)
     positives = documents[0][:own]
-    options = {"temperature": 1.0 / loss.scale, "normalize": normalize}
+    options: dict[str, Any] = {"temperature": 1.0 / loss.scale, "normalize": normalize}
 
-    def one_sided(query: Tensor, pairs: list[Tensor], same_kind: list[Tensor], reduction: str) -> Tensor:
+    def one_sided(query: Tensor, pairs: list[Tensor], same_kind: list[Tensor], reduction: str) -> Any:
         """The loss of `query` against `pairs`, whose first rows are its own, and others of its kind of other rows."""
         keys = torch.cat([*pairs, *same_kind])
         if not same_kind:
