@@ -123,7 +123,8 @@ def brief(monkeypatch):
     monkeypatch.setattr(harness, "INPUT_LIMIT", 1 << 16)
 
 
-def test_a_run_writes_its_table_figures_and_picture(tmp_path, capsys, brief):
+def test_a_run_writes_its_table_figures_and_picture(tmp_path, capsys, brief, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # room for the columns of all packages that may be installed
     assert bench_loss.main(["--sizes", "8x16", "clip:6x32", "--out", str(tmp_path)]) == 0
     with (tmp_path / "bench_loss-partial.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
