@@ -20,13 +20,14 @@ from seer_kernels._checks import check_scalar, check_temperature_value
 from seer_kernels.contrastive import info_nce, sup_con
 from seer_kernels.integrations._host import host_module, supported
 
-host_module("sentence_transformers", "sentence-transformers")
+host_module("sentence_transformers.sentence_transformer.losses", "sentence-transformers>=6.2")
 
-from sentence_transformers import losses  # noqa: E402
+from sentence_transformers import __version__  # noqa: E402
+from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank  # noqa: E402
 
 if not hasattr(losses.CachedMultipleNegativesRankingLoss, "forward_cached"):
-    raise ImportError("this integration of seer_kernels needs sentence-transformers 6.2 or later; found an older one")
+    raise ImportError(f"this integration of seer_kernels needs sentence-transformers 6.2 or later; found {__version__}")
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):

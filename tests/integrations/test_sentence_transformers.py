@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-from sentence_transformers import SentenceTransformer, losses
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import dot_score, pairwise_cos_sim
 
 from seer_kernels import sup_con
