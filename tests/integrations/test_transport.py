@@ -156,7 +156,7 @@ class TestGeomloss:
 
     def test_one_problem_and_numpy(self, package: Any) -> None:
         x, y, a, b = clouds("numpy")
-        loss = ours_geomloss.SamplesLoss(blur=0.2, tolerance=1e-10)
+        loss = ours_geomloss.SamplesLoss(blur=0.2, tolerance=1e-10, max_iterations=10000)
         got = loss(a[0][:, None], x[0], b[0][:, None], y[0])
         assert isinstance(got, np.ndarray)
         assert got.shape == ()
