@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from seer import ConceptDataset, SeerConfig, SeerTrainer
-from seer.data import PairSampler, Text
+from seer.data import Text
 from seer.layers import base_model_of, find_layers, lm_head
+from seer.sampling import PairSampler
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL, DATA = SHARED / "models" / "tiny-llama", SHARED / "data" / "safety_concepts.csv"
@@ -144,7 +145,7 @@ class Pairs:
 
 def make_pairs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> Pairs:
     dataset = load_data(data_source(), size.texts)
-    order = itertools.cycle(PairSampler(dataset.concept_ids, seed))
+    order = itertools.cycle(PairSampler(dataset.memberships, seed))
     return Pairs(tuple((first, second) for first, second in itertools.islice(order, size.B)))
 
 

@@ -47,7 +47,7 @@ def outcome(loss: Any, count: int, seed: int = 0) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=range(len(VARIANTS)))
 def test_embeddings(options: dict[str, Any], count: int) -> None:
     want = outcome(losses.MultipleNegativesRankingLoss(None, **options), count)
     got = outcome(ours.MultipleNegativesRankingLoss(None, **options), count)

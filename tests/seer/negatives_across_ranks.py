@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from across_ranks import make_trainer
+from training_across_ranks import make_trainer
 
 HALF = 3  # pairs of each rank
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from across_ranks import SIGTERM_AT, STEPS, make_trainer
 from safetensors.torch import load_file
+from training_across_ranks import SIGTERM_AT, STEPS, make_trainer
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parents[1] / "configs"
@@ -42,7 +42,13 @@ def one_process(tmp_path_factory: pytest.TempPathFactory):
 def test_two_ranks_train_what_one_process_trains(
     one_process, launcher, tmp_path, model_folder, data_file, monkeypatch
 ) -> None:
-    command = [*LAUNCHERS[launcher], str(TESTS / "across_ranks.py"), str(tmp_path), str(model_folder), str(data_file)]
+    command = [
+        *LAUNCHERS[launcher],
+        str(TESTS / "training_across_ranks.py"),
+        str(tmp_path),
+        str(model_folder),
+        str(data_file),
+    ]
     outcome = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
