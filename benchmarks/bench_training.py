@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from command import DTYPES, Benchmark
 from harness import Case, Check, Figure, Measurement, Outputs, Provider
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from seer import ConceptDataset, SeerConfig, SeerTrainer
 from seer.data import Text
-from seer.layers import base_model_of, find_layers, lm_head
+from seer.layers import find_layers, lm_head, without_dropout
 from seer.sampling import PairSampler
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -143,6 +143,13 @@ class Pairs:
     indices: tuple[tuple[int, int], ...]
 
 
+@contextmanager
+def base_model_of(model: PeftModel) -> Iterator[None]:
+    """The model as it was before training, without dropout."""
+    with without_dropout(model), model.disable_adapter():
+        yield
+
+
 def make_pairs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> Pairs:
     dataset = load_data(data_source(), size.texts)
     order = itertools.cycle(PairSampler(dataset.memberships, seed))
@@ -237,7 +244,7 @@ class SeerStep(Step):
         with torch.no_grad():
             _, terms = self.trainer.compute_loss(self.model, self.batch(pairs), return_outputs=True)
         rows = self.trainer.train_dataset.rows
-        states = [self._alone(rows[i]) for i in [pair[view] for view in (0, 1) for pair in pairs.indices]]
+        states = [self._alone(rows[i].ids) for i in [pair[view] for view in (0, 1) for pair in pairs.indices]]
         return _check(terms["L_d"], torch.stack(states, 1))  # [L, 2 B, D]
 
     def _alone(self, row: list[int]) -> Tensor:
