@@ -139,9 +139,9 @@ def test_types_are_shipped() -> None:
     assert (Path(seer_kernels.__file__).parent / "py.typed").exists()
 
 
-def test_the_report_for_bugs_names_every_backend() -> None:
-    command = [sys.executable, "-m", "seer_kernels.info"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_report_for_bugs_names_every_backend(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "seer_kernels.info"]  # from elsewhere: the package that is installed
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert f"seer-kernels {seer_kernels.__version__}\n" in report
     assert f"torch {torch.__version__} " in report
     for status in seer_kernels.backends().values():

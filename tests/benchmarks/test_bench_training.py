@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ def small(monkeypatch):
     """The demo's model and texts, which need no file outside of the package, cut short."""
     monkeypatch.setattr(bench_training, "PLACE", {"model": "demo", "data": str(bench_training.DEMO_DATA)})
     monkeypatch.setattr(bench_training, "HALF", 40)
+    yield
+    logging.getLogger("seer").setLevel(logging.NOTSET)  # the benchmark silences it
 
 
 def setup(name: str, size: Size, folder):

@@ -32,7 +32,12 @@ from seer.data import Text
 
 # On problems this small threads mostly wait for each other, busily; in the processes that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
 WORDS = {
