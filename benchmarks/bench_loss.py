@@ -186,7 +186,7 @@ def prepare_metric_learning(case: Case) -> Callable[[Pairs], Outputs]:
 
 
 def prepare_sentence_transformers(case: Case) -> Callable[[Pairs], Outputs]:
-    from sentence_transformers import losses
+    from sentence_transformers.sentence_transformer import losses
 
     clip = case.fields["loss"] == "clip"
     kind = losses.MultipleNegativesSymmetricRankingLoss if clip else losses.MultipleNegativesRankingLoss

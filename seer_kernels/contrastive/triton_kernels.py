@@ -55,10 +55,10 @@ ADDED_BYTES = 256
 """Features of a row up to which atomics may add up gradients: of more, tiles of both sides do not fit on the chip."""
 
 ADDED_FEATURES = 64
-"""Up to here adding the other side's gradient is cheaper than forming its products again (README),"""
+"""Features up to which adding the other side's gradient is cheaper than forming its products again (README)."""
 
 BUSY_ROWS = 8192
-"""and beyond that where it has fewer rows than this, whose programs would leave processors idle."""
+"""Rows below which the shorter side is added whatever the features: its own programs would leave processors idle."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _ABSENT = tl.constexpr(-1e30)  # a maximum over nothing: finite, so that 0 * _ABSENT is 0

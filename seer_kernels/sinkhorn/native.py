@@ -36,10 +36,10 @@ POINT_BYTES = 4096
 """On CUDA, the most that the potentials of a cloud may take: 1024 points, 512 in fp64."""
 
 SMALL_ENTRIES = 1 << 18
-"""On CUDA, a block is fast enough for problems of so many entries, however few they are; for larger ones"""
+"""On CUDA, the largest problems that are taken however few they are: a block by itself is fast enough for them."""
 
 MANY_PROBLEMS = 64
-"""there must be so many that most of a GPU has work."""
+"""On CUDA, how many larger ones there must be, so that most of a GPU has work."""
 
 
 def lacks(device: torch.device, dtype: torch.dtype, B: int, n: int, m: int) -> str:

@@ -57,7 +57,6 @@ def test_numerics_in_the_interpreter(file: str) -> None:
 EVERY = os.environ.get("SEER_COMPILE_ALL") == "1"
 CASES = triton_compiler.every_case() if EVERY else triton_compiler.some_cases()
 TRANSPORT_CASES = triton_compiler.every_transport_case() if EVERY else triton_compiler.some_transport_cases()
-SPILLED = triton_compiler.FEW_SPILLED if EVERY else 0
 
 
 @pytest.mark.parametrize(("target", "case"), CASES, ids=str)
@@ -65,7 +64,7 @@ def test_kernels_compile_for_chips_that_are_not_here(target: str, case: triton_c
     binary = triton_compiler.compile_case(case, target)
     assert binary.shared <= triton_compiler.SHARED_LIMITS[target]
     if target != "gfx942":  # its configurations are those tuned for NVIDIA's register file
-        assert binary.spilled <= max(SPILLED, triton_compiler.allowed_spills(case))
+        assert binary.spilled <= triton_compiler.allowed_spills(case)
     if target == "sm_90" and case.multiplies and case.dtype != torch.float32:
         assert "wgmma.mma_async" in binary.assembly
 
@@ -78,7 +77,7 @@ def test_transport_kernels_compile_for_chips_that_are_not_here(
     assert binary.shared <= triton_compiler.SHARED_LIMITS[target]
     # Rows of 16384 costs take all registers; on sm_100 six more.
     longest = target == "sm_100" and dict(case.switches).get("COLUMNS") == transport.RESIDENT_COLUMNS
-    assert binary.spilled <= (triton_compiler.FEW_SPILLED if longest else 0)
+    assert binary.spilled <= (24 if longest else 0)
 
 
 def test_backends_say_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

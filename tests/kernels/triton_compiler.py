@@ -152,10 +152,6 @@ def _usable(kernel: str, target: str, switches: dict[str, Any], dtype: torch.dty
     return [tuner.configs.index(config) for config in usable]
 
 
-FEW_SPILLED = 24
-"""Bytes, six registers: what some of all compilations spill. Whether within a loop has not been looked at."""
-
-
 def allowed_spills(case: Case) -> int:
     """Bytes. A product of 128 x 256 that adds holds all accumulators and addresses of them at once before its loop:
     some registers wait in local memory meanwhile (none within the loop, says the disassembly for sm_90)."""
