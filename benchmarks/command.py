@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ benchmarks/README.md.""",
         nargs="+",
         choices=list(everyone),
         metavar="NAME",
-        help=f"who is measured, of: {', '.join(everyone)} (default: all)",
+        help=f"who is measured, of: {', '.join(everyone)} (default: all, on a CPU without those that compile)",
     )
     parser.add_argument("--dtype", choices=benchmark.dtypes, default="float32", help="of the inputs (default: float32)")
     parser.add_argument(
@@ -146,6 +146,18 @@ def run(
     return measurements
 
 
+def chosen(everyone: Mapping[str, Provider], names: Sequence[str] | None, device: torch.device) -> list[Provider]:
+    """Those that are named, or all; then who compiles is left out on a CPU, where that takes longer than the rest."""
+    if names is not None:
+        return [p for p in everyone.values() if p.name in names]
+
+    def when_named(provider: Provider) -> Provider:
+        reason = "on CPUs only where --providers names it"
+        return replace(provider, left_out=lambda case: provider.left_out(case) or reason)
+
+    return [when_named(p) if p.compiles and device.type == "cpu" else p for p in everyone.values()]
+
+
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns the exit code."""
     options = parse_arguments(benchmark, arguments)
@@ -154,9 +166,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         console.width = 140
     if remark := benchmark.use_arguments(options):
         status.print(remark, highlight=False, soft_wrap=True)
-    everyone = benchmark.make_providers(options.quick)
-    providers = [p for p in everyone.values() if options.providers is None or p.name in options.providers]
     device = torch.device(options.device)
+    everyone = benchmark.make_providers(options.quick)
+    providers = chosen(everyone, options.providers, device)
     environment = harness.environment(device, benchmark.packages)
     ceilings = harness.ceilings(device, DTYPES[options.dtype])
     environment |= {name: float(f"{value:.3g}") for name, value in ceilings._asdict().items()}

@@ -9,6 +9,7 @@ import importlib.util
 import json
 
 import bench_loss
+import command
 import harness
 import pytest
 import torch
@@ -115,6 +116,19 @@ def test_sizes():
     assert Size.parse("siglip:2x64x32").name == "siglip, N=64, D=32, 2 problems"
     regimes = [size.regime for size in bench_loss.SIZES if size.loss == "info_nce"]
     assert regimes == ["launch latency"] * 2 + ["small D"] + ["products dominate"] * 3
+
+
+def test_who_compiles_is_measured_on_a_cpu_only_where_named():
+    everyone, case = bench_loss.make_providers(), bench_loss.make_case(SIZE, torch.float32, torch.device("cpu"))
+    for names, device, reason in (
+        (None, "cpu", "on CPUs only where --providers names it"),
+        (None, "cuda", None),
+        (["compiled"], "cpu", None),
+    ):
+        chosen = {p.name: p for p in command.chosen(everyone, names, torch.device(device))}
+        assert [*chosen] == (names or [*everyone])
+        assert chosen["compiled"].left_out(case) == reason
+        assert names or chosen["idiomatic"].left_out(case) is None
 
 
 @pytest.fixture
