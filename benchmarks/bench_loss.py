@@ -74,8 +74,8 @@ SIZES = (
     Size(1, 1024, 1024),
     Size(1, 4096, 1024),
     Size(1, 2048, 4096),
-    Size(1, 2048, 1024, "clip"),
-    Size(1, 2048, 1024, "siglip"),
+    Size(1, 1024, 1024, "clip"),
+    Size(1, 1024, 1024, "siglip"),
 )
 SIZES_QUICK = (
     Size(3, 32, 4096),
