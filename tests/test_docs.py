@@ -128,6 +128,18 @@ def test_python_runs(page: str, folder: Path, capsys: pytest.CaptureFixture[str]
         pytest.skip(f"not installed: {', '.join(sorted(missing))}; the other blocks ran")
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    import seer
+    import seer_kernels
+
+    shown = set(
+        re.findall(r"^::: (\S+)", "".join(path.read_text() for path in (DOCS / "api").glob("*.md")), re.MULTILINE)
+    )
+    for package in (seer, seer_kernels):
+        names = {f"{package.__name__}.{name}" for name in package.__all__} - {"seer_kernels.__version__"}
+        assert names <= shown, names - shown
+
+
 def test_every_integration_and_every_example_is_shown() -> None:
     code = "".join(block.code for block in BLOCKS if block.language == "python")
     for path in (ROOT / "seer_kernels/integrations").glob("[a-z]*.py"):
