@@ -35,9 +35,9 @@ class SinkhornResult(NamedTuple):
     """
 
     value: Tensor
-    """(B,): the regularised objective <P, C> + eps KL(P | a x b), plus tau KL of each relaxed marginal."""
+    """(B,): the regularised objective `<P, C> + eps KL(P | a x b)`, plus tau KL of each relaxed marginal."""
     transport_cost: Tensor
-    """(B,): <P, C>."""
+    """(B,): `<P, C>`."""
     f: Tensor
     """(B, n): potential of x; balanced ones are fixed by sum a f = sum b g. 0 past the lengths."""
     g: Tensor
