@@ -51,7 +51,7 @@ def k_variance(
         k: size of each half; a concept with fewer than 2k samples uses half of them. Default: half of each concept.
         splits: how many random splits per concept, at least 2.
         generator: makes the splits reproducible; on the CPU. Default: torch's global one.
-        method: `"sinkhorn"`: <P, C> of the entropic plan, which lies above W1 by a bias that grows with `eps`;
+        method: `"sinkhorn"`: `<P, C>` of the entropic plan, which lies above W1 by a bias that grows with `eps`;
             `"exact"`: `ot.emd2` of POT, one problem at a time, to know that bias.
         eps: weight of the entropy, a float, relative to the mean cost of each problem.
         max_iterations, tolerance, backend: as in `sinkhorn`.
