@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+logger = logging.getLogger("mkdocs.hooks")  # whose warnings `--strict` counts
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "kernels/contrastive.md": "seer_kernels/contrastive/README.md",
@@ -119,6 +121,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         parts += [prose(markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, prose(markdown[end:])])
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """`<P, C>` outside of code is taken for a tag, which no browser shows: say so, since Markdown does not."""
+    for lost in re.findall(r"<\w+,[^<\n]*", html):
+        logger.warning("Doc file '%s' loses what looks like a tag: %s", page.file.src_uri, lost)
+    return html
 
 
 def _formula(source: str, *_: Any, **__: Any) -> str:
