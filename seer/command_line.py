@@ -14,13 +14,14 @@ from seer.files import atomic_path
 class Parser(argparse.ArgumentParser):
     """Raises InputError where argparse would exit, keeps the lines of the description, and allows no abbreviations."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None, *, add_help: bool = True) -> None:
         super().__init__(
             prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def error(self, message: str) -> NoReturn:
