@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from seer.errors import InputError
 from seer.files import atomic_path
+
+_Item = TypeVar("_Item")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,3 +35,12 @@ def save_json(values: Any, path: str | os.PathLike[str]) -> None:
     """Write `values` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:
+    """The items, with a bar in the terminal (on stderr) that says how many are done; without a terminal nothing."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)

@@ -32,7 +32,13 @@ seer evaluate --task NAME --help
 
 _SEPARATION = "separation"
 
-_TASKS: dict[str, tuple[str, str]] = {}
+_TASKS = {
+    "classification": ("seer.classification", "how well the concept of a text can be told"),
+    "detoxification": (
+        "seer.detoxification",
+        "how safe its answers are, and what it refuses",
+    ),
+}
 """Name -> the module with its `run_<name>`, and what it measures."""
 
 
