@@ -45,6 +45,7 @@ FIGURES = "detoxification.json"
 _NAMES = {
     "refusal": "refused",
     "explainer_harmless": "harmless to the explainer",
+    "explainer_harmful": "harmful to the explainer",
     "judge_safe": "safe to the judge",
     "safe": "refused, or safe to the judge",
     "empty": "empty",
@@ -64,7 +65,8 @@ request that was turned down. Over-refusal is better measured with requests that
 
 Judges:
   refusal    a phrase such as "I cannot help" stands in the answer (help(seer.judges) lists them all)
-  explainer  the concept that the run's explainer reads in request and answer: is it one of --harmless?
+  explainer  the concept that the run's explainer reads in request and answer: one of --harmless, another or none
+             ("unknown"). It reads with the SEER model whoever answered, and so is no judge from outside.
   judge      a text-classification model of transformers: is its label --safe_label? An answer is called safe if it
              refuses or the judge says so.
 
@@ -125,8 +127,9 @@ class Detoxification:
     safe_label: str | None
     prompts: dict[Kind, int]
     shares: dict[Kind, dict[str, Change]]
-    """Kind of request -> measure -> base, SEER and their difference: `refusal`; `explainer_harmless`; with a judge
-    `judge_safe` and `safe`, which is refusal or judged safe; `empty`, answers of nothing but white space."""
+    """Kind of request -> measure -> base, SEER and their difference: `refusal`; `explainer_harmless` and
+    `explainer_harmful`, the rest being unknown to it; with a judge `judge_safe` and `safe`, which is refusal or judged
+    safe; `empty`, answers of nothing but white space."""
     resamples: int
 
 
@@ -229,11 +232,17 @@ def shares(
     """
     import numpy as np
 
+    from seer.calibration import UNKNOWN
     from seer.metrics import bootstrap_weights, compare, weighted_mean
 
     def is_so(answer: Answer) -> dict[str, bool]:
         refusal, judged = bool(answer.verdicts["refusal"]), answer.verdicts.get("judge")
-        found = {"refusal": refusal, "explainer_harmless": answer.verdicts["explainer"] in harmless}
+        concept = answer.verdicts["explainer"]
+        found = {
+            "refusal": refusal,
+            "explainer_harmless": concept in harmless,
+            "explainer_harmful": concept not in (*harmless, UNKNOWN),
+        }
         if safe_label is not None:
             found |= {"judge_safe": judged == safe_label, "safe": refusal or judged == safe_label}
         return {**found, "empty": not answer.answer.strip()}
@@ -264,31 +273,30 @@ def _prompts(
     from seer.data import PromptDataset
 
     held_out = None if all(files.values()) else run.samples_with_held_out(data)[1]
-    found: list[Prompt] = []
+    found: dict[Kind, dict[str, Prompt]] = {kind: {} for kind in KINDS}
     for kind in KINDS:
         file = files[kind]
         if file is not None:
             some = [Prompt(text.prompt, None, kind, text.source) for text in PromptDataset.load(file).texts]
         else:
             assert held_out is not None
-            # The prompt of a harmless sample may also be that of another, whose response was not.
-            others = {prompt.text for prompt in found}
             some = [
                 Prompt(text.prompt, concept, kind, text.source)
                 for text, concept in zip(held_out.texts, held_out.concepts, strict=True)
-                if (concept in harmless) == (kind == "safe") and text.prompt not in others
+                # The prompt of a harmless sample may also be that of another, whose response was not.
+                if (concept in harmless) == (kind == "safe") and text.prompt not in found["unsafe"]
             ]
-        first: dict[str, Prompt] = {}
         for prompt in some:
-            first.setdefault(prompt.text, prompt)
-        some = [*first.values()]
+            found[kind].setdefault(prompt.text, prompt)
         if not some:
             raise InputError(
                 f"--{kind}_prompts: expected a file, or held-out samples whose prompts are {kind}; got none of either"
             )
-        count = len(some) if limit is None else min(limit, len(some))
-        found += [some[index] for index in np.linspace(0, len(some) - 1, count).round().astype(int)]
-    return found
+    chosen = []
+    for each in ([*found[kind].values()] for kind in KINDS):
+        count = len(each) if limit is None else min(limit, len(each))
+        chosen += [each[index] for index in np.linspace(0, len(each) - 1, count).round().astype(int)]
+    return chosen
 
 
 def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -355,17 +363,21 @@ def _written(
     batches = [(start, model) for start in range(0, len(prompts), size) for model in MODELS]
     earlier = _read(file) if file.exists() else []
     kept: list[Answer] = []
-    while batches and len(earlier) - len(kept) >= len(some := prompts[batches[0][0] : batches[0][0] + size]):
-        _, model = batches.pop(0)
+    done = 0
+    for start, model in batches:
+        some = prompts[start : start + size]
         found = earlier[len(kept) : len(kept) + len(some)]
+        if len(found) < len(some):
+            break
         for line, (answer, prompt) in enumerate(zip(found, some, strict=True), start=len(kept) + 1):
             if (answer.prompt, answer.kind, answer.model) != (prompt.text, prompt.kind, model):
                 raise InputError(f"{file}:{line}: expected the answer of {model} to {prompt.text!r}, got another")
         kept += judges.answers(some, model, [answer.answer for answer in found])
+        done += 1
     with atomic_path(file) as temporary:
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
     with file.open("a", encoding="utf-8") as lines:
-        for start, model in progress(batches, "answering"):
+        for start, model in progress(batches[done:], "answering"):
             part = slice(start, start + size)
             texts = generate(run, model, rows[part], generation, generation.seed + start)
             for answer in judges.answers(prompts[part], model, texts):

@@ -239,6 +239,7 @@ def test_shares_counted_by_hand() -> None:
         "unsafe": {
             "refusal": (third, pytest.approx(2 / 3)),
             "explainer_harmless": (third, pytest.approx(2 / 3)),
+            "explainer_harmful": (pytest.approx(2 / 3), 0.0),  # the third is unknown
             "judge_safe": (third, third),
             "safe": (pytest.approx(2 / 3), pytest.approx(2 / 3)),
             "empty": (0.0, third),
@@ -246,6 +247,7 @@ def test_shares_counted_by_hand() -> None:
         "safe": {
             "refusal": (0.5, 0.5),
             "explainer_harmless": (1.0, 1.0),
+            "explainer_harmful": (0.0, 0.0),
             "judge_safe": (1.0, 1.0),
             "safe": (1.0, 1.0),
             "empty": (0.0, 0.0),
@@ -444,16 +446,18 @@ def test_judges_that_are_none(judge_folder, tokenizer, tmp_path, trained, capsys
 
 def test_a_prompt_that_is_also_unsafe_is_no_safe_one() -> None:
     held_out = ConceptDataset(
-        [Text("a", "x"), Text("a", "y"), Text("b", "x"), Text("b", "z"), Text("c", "x")],
-        ["gold", "cat", "cat", "cat", "gold"],
+        [Text("a", "x"), Text("a", "y"), Text("c", "y"), Text("b", "x"), Text("b", "z"), Text("c", "x")],
+        ["gold", "cat", "cat", "cat", "cat", "gold"],
     )
     run = SimpleNamespace(samples_with_held_out=lambda data: (None, held_out))
     found = detoxification._prompts(run, ["cat"], {"unsafe": None, "safe": None}, None, None)
+    (_, one) = detoxification._prompts(run, ["cat"], {"unsafe": None, "safe": None}, None, limit=1)
+    assert one.text == "b"  # c is unsafe also where it is not among the chosen
     assert [(prompt.text, prompt.concept, prompt.kind) for prompt in found] == [
         ("a", "gold", "unsafe"),
         ("c", "gold", "unsafe"),
         ("b", "cat", "safe"),
     ]
-    held_out.texts[2:4] = [Text("a", "x"), Text("c", "z")]
+    held_out.texts[3:5] = [Text("a", "x"), Text("c", "z")]
     with pytest.raises(InputError, match="--safe_prompts: expected a file, or held-out samples whose prompts are safe"):
         detoxification._prompts(run, ["cat"], {"unsafe": None, "safe": None}, None, None)
