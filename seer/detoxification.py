@@ -64,7 +64,7 @@ those of the others. A concept often says what the response was, not the prompt:
 request that was turned down. Over-refusal is better measured with requests that are known to be harmless.
 
 Judges:
-  refusal    a phrase such as "I cannot help" stands in the answer (help(seer.judges) lists them all)
+  refusal    a phrase such as "I cannot help" stands in the answer (all: seer.judges.REFUSALS)
   explainer  the concept that the run's explainer reads in request and answer: one of --harmless, another or none
              ("unknown"). It reads with the SEER model whoever answered, and so is no judge from outside.
   judge      a text-classification model of transformers: is its label --safe_label? An answer is called safe if it
