@@ -32,7 +32,9 @@ seer evaluate --task NAME --help
 
 _SEPARATION = "separation"
 
-_TASKS: dict[str, tuple[str, str]] = {}
+_TASKS: dict[str, tuple[str, str]] = {
+    "generalization": ("seer.generalization", "terms of an optimal-transport bound on the errors of a classifier"),
+}
 """Name -> the module with its `run_<name>`, and what it measures."""
 
 
@@ -252,7 +254,9 @@ def _table(evaluation: Evaluation) -> Table:
         table.add_column(column, justify="left" if column == "measure" else "right")
     for layer, measures in evaluation.layers.items():
         for name, change in measures.items():
-            table.add_row(str(layer), name.replace("_", " "), *change_cells(change), end_section=name == [*measures][-1])
+            table.add_row(
+                str(layer), name.replace("_", " "), *change_cells(change), end_section=name == [*measures][-1]
+            )
     for name, change in (evaluation.retention or {}).items():
         table.add_row("", {"perplexity": "perplexity", "kl": "KL to the base model, nats"}[name], *change_cells(change))
     if evaluation.retention is not None:

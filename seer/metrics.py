@@ -180,9 +180,18 @@ def linear_probe_correct(
 
     Arguments as for `nearest_prototype_correct`.
     """
-    model = LogisticRegression(C=1.0, max_iter=2000).fit(train_z, train_labels)
-    correct: np.ndarray = model.predict(z) == labels
+    correct: np.ndarray = linear_probe(train_z, train_labels).predict(z) == labels
     return correct.astype(np.float64)
+
+
+def linear_probe(z: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    """Logistic regression (L2, C = 1) fitted on samples; scikit-learn.
+
+    Args:
+        z: [N, D].
+        labels: (N,).
+    """
+    return LogisticRegression(C=1.0, max_iter=2000).fit(z, labels)
 
 
 def layer_metrics(
