@@ -157,7 +157,11 @@ class LinearClassifier:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the standard error that the finite number of splits gives it, for the samples at hand."""
+    """A figure and the standard error that the finite number of splits gives it, for the samples at hand.
+
+    That of a difference between models, which share their splits, is at most the sum of theirs. What other samples
+    would give is not in it.
+    """
 
     value: float
     standard_error: float
@@ -198,6 +202,7 @@ class GeneralizationTerms:
     kv_gn_margin: Estimate
     gamma: float
     margin_loss: float
+    """Share of margins below gamma; a margin of gamma itself costs nothing."""
     transport_term: Estimate
     estimation_term: float
     sampling_term: float
@@ -574,8 +579,6 @@ def _figures(model: ModelGeneralization) -> dict[str, Estimate | float | None]:
     figures: dict[str, Estimate | float | None] = {}
     for name, estimate in terms.k_variance.items():
         figures[f"k-variance of {name}, k = {terms.k}"] = estimate
-        if terms.exact is not None:
-            figures[f"  exact, {name}"] = terms.exact.k_variance[name]
     figures[f"mean k-variance, k = {terms.k}"] = terms.mean_k_variance
     if terms.exact is not None:
         figures["  exact, mean"] = terms.exact.mean_k_variance
@@ -602,10 +605,12 @@ def _figures(model: ModelGeneralization) -> dict[str, Estimate | float | None]:
 def _cells(base: Estimate | float | None, seer: Estimate | float | None) -> list[str]:
     values = [each.value if isinstance(each, Estimate) else each for each in (base, seer)]
     before, after = (math.nan if each is None else each for each in values)
-    return [_cell(base), _cell(seer), "-" if math.isnan(after - before) else f"{after - before:.3f}"]
+    return [_cell(base), _cell(seer), _cell(after - before)]
 
 
 def _cell(figure: Estimate | float | None) -> str:
-    if isinstance(figure, Estimate):
-        return "-" if math.isnan(figure.value) else f"{figure.value:.3f} ± {figure.standard_error:.3f}"
-    return "-" if figure is None or math.isnan(figure) else f"{figure:.3f}"
+    """Four digits, whatever the size: kV-Margins are small, and a bound may be in the thousands."""
+    value = figure.value if isinstance(figure, Estimate) else figure
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4g} ± {figure.standard_error:.1g}" if isinstance(figure, Estimate) else f"{value:.4g}"
