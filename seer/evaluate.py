@@ -34,10 +34,8 @@ _SEPARATION = "separation"
 
 _TASKS = {
     "classification": ("seer.classification", "how well the concept of a text can be told"),
-    "detoxification": (
-        "seer.detoxification",
-        "how safe its answers are, and what it refuses",
-    ),
+    "detoxification": ("seer.detoxification", "how safe its answers are, and what it refuses"),
+    "generalization": ("seer.generalization", "terms of an optimal-transport bound on the errors of a classifier"),
 }
 """Name -> the module with its `run_<name>`, and what it measures."""
 

@@ -159,13 +159,22 @@ def prototype_cosines(z: np.ndarray, train_z: np.ndarray, train_labels: np.ndarr
     return cosines
 
 
+def linear_probe(z: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    """Logistic regression (L2, C = 1) fitted on samples; scikit-learn.
+
+    Args:
+        z: [N, D].
+        labels: (N,).
+    """
+    return LogisticRegression(C=1.0, max_iter=2000).fit(z, labels)
+
+
 def linear_probe_scores(z: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
-    """[N, C] decision values of logistic regression (L2, C = 1) on the training directions; scikit-learn.
+    """[N, C] decision values of `linear_probe` on the training directions.
 
     Arguments as for `prototype_cosines`.
     """
-    model = LogisticRegression(C=1.0, max_iter=2000).fit(train_z, train_labels)
-    values: np.ndarray = model.decision_function(z)
+    values: np.ndarray = linear_probe(train_z, train_labels).decision_function(z)
     return values if values.ndim == 2 else np.stack([-values, values], axis=1)  # of two classes it gives one's only
 
 
