@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import harness
+import pandas
 import torch
 from rich.progress import track
 
@@ -32,26 +33,35 @@ MEASURES = {
 KL = "kl_to_base_nats_per_token"
 
 
-def run(preset: str, model: str, data: Path, seed: int) -> dict[str, object]:
-    """Trains, and returns a line of results."""
+def run(preset: str, model: str, data: Path, limit: int, seed: int) -> dict[str, object]:
+    """Trains on the first `limit` texts of every concept, and returns a line of results."""
     from seer import SeerConfig, run_training
 
     with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "texts.csv"
+        rows = pandas.read_csv(data)
+        rows.groupby("concept", sort=False).head(limit).to_csv(texts, index=False)
         config = SeerConfig(
             preset=preset,  # type: ignore[arg-type]  # one of PRESETS
-            output_dir=folder,
+            output_dir=f"{folder}/run",
             model=model,
-            data=str(data),
+            data=str(texts),
             seed=seed,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         )
         run_training(config)
-        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((Path(folder) / "run" / "metrics.json").read_text(encoding="utf-8"))
     held_out = metrics["held_out"]
     ((layer, figures),) = held_out["layers"].items()
-    line: dict[str, object] = {"preset": preset, "data": data.stem, "seed": seed, "layer": layer}
+    line: dict[str, object] = {
+        "preset": preset,
+        "data": data.stem,
+        "seed": seed,
+        "layer": layer,
+        "texts_per_concept": limit,
+    }
     line |= {"texts": metrics["samples"]["held_out"], "steps": metrics["training"]["steps"]}
     line["seconds"] = metrics["training"]["seconds"]
     for name in MEASURES:
@@ -71,7 +81,11 @@ def page(lines: Sequence[dict[str, str]]) -> str:
     for data in dict.fromkeys(line["data"] for line in lines):
         of_data = [line for line in lines if line["data"] == data]
         seeds = sorted({int(line["seed"]) for line in of_data})
-        parts.append(f"## {data}\n\n{of_data[0]['texts']} held-out texts, seeds {', '.join(map(str, seeds))}.")
+        first = of_data[0]
+        parts.append(
+            f"## {data}\n\nThe first {first['texts_per_concept']} texts of every concept, {first['texts']} of them "
+            f"held out; layer {first['layer']}; seeds {', '.join(map(str, seeds))}."
+        )
         rows = ["| preset | steps | measure | before | after |", "| --- | --- | --- | --- | --- |"]
         for preset in PRESETS:
             chosen = [line for line in of_data if line["preset"] == preset]
@@ -103,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="PATH", help="a model with a chat template, local or on the Hub")
     parser.add_argument("--data", nargs="+", type=Path, default=[], metavar="FILE", help="as for seer train")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], metavar="S", help="(default: 42 43 44)")
+    parser.add_argument(
+        "--texts_per_concept", type=int, default=70, metavar="T", help="the first so many of each concept (default: 70)"
+    )
     parser.add_argument("--out", type=Path, default=harness.RESULTS, metavar="FOLDER", help="of presets.csv")
     parser.add_argument("--page", action="store_true", help="only write the page from the results that are there")
     arguments = parser.parse_args(argv)
@@ -117,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         environment = harness.environment(torch.device("cpu"), ("transformers", "peft"))
         path.parent.mkdir(parents=True, exist_ok=True)
         for preset, data, seed in track(runs, "training"):
-            line = run(preset, arguments.model, data, seed) | environment
+            line = run(preset, arguments.model, data, arguments.texts_per_concept, seed) | environment
             new = not path.exists()
             with path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, line.keys())
