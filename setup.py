@@ -20,7 +20,7 @@ TARGETS = ("80", "90", "100", "120")
 CPU_SOURCES = (
     "csrc/module.cpp",
     "csrc/cpu/contrastive.cpp",
-    "csrc/cpu/products.cpp",
+    "csrc/cpu/fused.cpp",
     "csrc/cpu/sinkhorn.cpp",
     "csrc/cpu/instruction_set.cpp",
 )

@@ -50,7 +50,7 @@ struct RowBlock : Operands<T> {
   T* products;  // [problem_count, row_count, M] in: query . key; out, with write_gradient: d total / d product
   int64_t first_problem, problem_count;
   int64_t first_row, row_count;
-  const T* row_gradient;  // d total / d loss_i
+  const T* row_gradient;  // d total / d loss_i; null for ones
   bool write_gradient;
   T* rows;  // [kRowPlanes, P, N]
 };
@@ -84,14 +84,7 @@ enum SlopePlane : int {
   kNormalizer,  // logsumexp of the anchor's logits
   kTarget,      // 1 / number of its positives
   kSlope,       // d total / d loss of the anchor; 0 where the anchor has no loss
-};
-
-// The features of P problems, contiguous: query [P, N, D], key [P, M, D].
-template <class T>
-struct Features {
-  int64_t P, N, M, D;
-  const T* query;
-  const T* key;
+  kSlopePlanes
 };
 
 // Rows of each of P problems, [P, split, D] at `first` and [P, rows - split, D] at `second`, contiguous.
@@ -101,7 +94,7 @@ struct RowSet {
   int64_t split, rows;
 };
 
-// Of what type features are: T itself, or half precision that is widened to T = float as it is read.
+// Of what type features are: T itself, or on CUDA half precision that is widened to T = float as it is read.
 enum class FeatureType : int { kWide = 0, kBfloat16 = 1, kHalf = 2 };
 
 enum class Form : int { kSoftmax = 0, kSymmetric = 1, kSigmoid = 2 };
@@ -117,7 +110,7 @@ struct FusedLoss : Operands<T> {
   T temperature_value, bias_value;  // where the pointers to them are null
   const T* row_gradient;            // [P, N] d total / d loss_i; null for ones
   T* scratch;                       // as many values as fused_scratch() says
-  T* rows;                          // [kTop1 + 1, P, N]
+  T* rows;                          // [kRowPlanes, P, N]; on CUDA up to kTop1
   T* slopes;                        // [P, N, M] d total / d product, if write_slopes; in any case written to
   T* along;                         // [P, N + M], [P, N] for self_contrast: multiple of the features taken off, or null
   T* total_loss;                    // [P] sum_i weight_i loss_i
@@ -143,22 +136,14 @@ struct FusedGradients {
 
 namespace cpu {
 
-// products [P, N, M] = query . key; and, unless they are null, 1 / |query| [P, N] and 1 / |key| [P, M], 0 for rows of
-// zeros.
-template <class T>
-void pair_products(const Features<T>& features, T* products, T* query_inverse_norms, T* key_inverse_norms, int threads);
+// Values of scratch memory that a FusedLoss needs for itself.
+int64_t fused_scratch(int64_t P, int64_t N, int64_t M, int64_t D, bool self_contrast);
 
-// What normalisation takes off the gradients of the features, as a multiple of the features themselves: of each query
-// and, unless key_inverse_norms is null, then of each key; [P, N + M] or [P, N].
 template <class T>
-void components_along(const Features<T>& features, const T* slopes, const T* products, const T* query_inverse_norms,
-                      const T* key_inverse_norms, T* along, int threads);
+void fused_loss(const FusedLoss<T>& loss, int threads);
 
-// Gradients of the features from slopes = d total / d products [P, N, M]: [P, N, D] and [P, M, D], each null where it
-// is not wanted. along [P, along_stride] is null where the features were not normalised.
 template <class T>
-void feature_gradients(const Features<T>& features, const T* slopes, const T* along, int64_t along_stride,
-                       T* query_gradient, T* key_gradient, int threads);
+void fused_gradients(const FusedGradients<T>& gradients, int threads);
 
 template <class T>
 void contrastive_rows(const RowBlock<T>& block, int threads);

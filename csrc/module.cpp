@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 #include "contrastive.h"
 #include "cpu/instruction_set.h"
@@ -72,43 +73,54 @@ void bind_rows(py::module_& m, const std::string& suffix, void (*contrastive_row
       py::arg(where)..., py::call_guard<py::gil_scoped_release>());
 }
 
-template <class T>
-void bind_features(py::module_& m, const std::string& type) {
-  py::class_<Features<T>>(m, ("Features_" + type).c_str())
-      .def(py::init([](int64_t P, int64_t N, int64_t M, int64_t D, std::uintptr_t query, std::uintptr_t key) {
-             return Features<T>{P, N, M, D, pointer<const T>(query), pointer<const T>(key)};
-           }),
-           py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("query"), py::arg("key"));
+// Addresses, split and rows: a bare tuple, as making an object of our own would cost more than a small loss does.
+using Rows = std::tuple<std::uintptr_t, std::uintptr_t, int64_t, int64_t>;
+
+RowSet row_set(const Rows& rows) {
+  return {pointer<void>(std::get<0>(rows)), pointer<void>(std::get<1>(rows)), std::get<2>(rows), std::get<3>(rows)};
+}
+
+// Binds the losses of few rows that CPU and CUDA share under `suffix`; the last arguments say where they run, as above.
+template <class T, class... Where, class... Names>
+void bind_fused(py::module_& m, const std::string& suffix, void (*fused_loss)(const FusedLoss<T>&, Where...),
+                void (*fused_gradients)(const FusedGradients<T>&, Where...), const Names&... where) {
   m.def(
-      ("pair_products_" + type).c_str(),
-      [](const Features<T>& features, std::uintptr_t products, std::uintptr_t query_inverse_norms,
-         std::uintptr_t key_inverse_norms, int threads) {
-        cpu::pair_products(features, pointer<T>(products), pointer<T>(query_inverse_norms),
-                           pointer<T>(key_inverse_norms), threads);
+      ("fused_loss_" + suffix).c_str(),
+      [fused_loss](const Operands<T>& operands, const Rows& query, const Rows& key, int64_t D, int feature_type, int form,
+                   bool normalize, T temperature_value, T bias_value, std::uintptr_t row_gradient,
+                   std::uintptr_t scratch, std::uintptr_t rows, std::uintptr_t slopes, std::uintptr_t along,
+                   std::uintptr_t total_loss, std::uintptr_t total_weight, std::uintptr_t mean_loss,
+                   std::uintptr_t temperature_gradient, std::uintptr_t bias_gradient, bool write_slopes,
+                   Where... place) {
+        fused_loss({operands, row_set(query), row_set(key), D, static_cast<FeatureType>(feature_type), static_cast<Form>(form),
+                    normalize, temperature_value, bias_value, pointer<const T>(row_gradient), pointer<T>(scratch),
+                    pointer<T>(rows), pointer<T>(slopes), pointer<T>(along), pointer<T>(total_loss),
+                    pointer<T>(total_weight), pointer<T>(mean_loss), pointer<T>(temperature_gradient),
+                    pointer<T>(bias_gradient), write_slopes},
+                   place...);
       },
-      py::arg("features"), py::kw_only(), py::arg("products"), py::arg("query_inverse_norms"),
-      py::arg("key_inverse_norms"), py::arg("threads"),
+      py::arg("operands"), py::kw_only(), py::arg("query"), py::arg("key"), py::arg("D"), py::arg("feature_type"),
+      py::arg("form"), py::arg("normalize"), py::arg("temperature_value"), py::arg("bias_value"),
+      py::arg("row_gradient"), py::arg("scratch"), py::arg("rows"), py::arg("slopes"), py::arg("along"),
+      py::arg("total_loss"), py::arg("total_weight"), py::arg("mean_loss"), py::arg("temperature_gradient"),
+      py::arg("bias_gradient"), py::arg("write_slopes"), py::arg(where)...,
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      ("components_along_" + type).c_str(),
-      [](const Features<T>& features, std::uintptr_t slopes, std::uintptr_t products,
-         std::uintptr_t query_inverse_norms, std::uintptr_t key_inverse_norms, std::uintptr_t along, int threads) {
-        cpu::components_along(features, pointer<const T>(slopes), pointer<const T>(products),
-                              pointer<const T>(query_inverse_norms), pointer<const T>(key_inverse_norms),
-                              pointer<T>(along), threads);
+      ("fused_gradients_" + suffix).c_str(),
+      [fused_gradients](int64_t P, int64_t D, const Rows& query, const Rows& key, const Rows& query_gradient,
+                        const Rows& key_gradient, int feature_type, bool self_contrast, std::uintptr_t slopes, std::uintptr_t along,
+                        std::uintptr_t scale, Where... place) {
+        fused_gradients({P, D, row_set(query), row_set(key), row_set(query_gradient), row_set(key_gradient), static_cast<FeatureType>(feature_type),
+                         self_contrast, pointer<const T>(slopes), pointer<const T>(along), pointer<const T>(scale)},
+                        place...);
       },
-      py::arg("features"), py::kw_only(), py::arg("slopes"), py::arg("products"), py::arg("query_inverse_norms"),
-      py::arg("key_inverse_norms"), py::arg("along"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-  m.def(
-      ("feature_gradients_" + type).c_str(),
-      [](const Features<T>& features, std::uintptr_t slopes, std::uintptr_t along, int64_t along_stride,
-         std::uintptr_t query_gradient, std::uintptr_t key_gradient, int threads) {
-        cpu::feature_gradients(features, pointer<const T>(slopes), pointer<const T>(along), along_stride,
-                               pointer<T>(query_gradient), pointer<T>(key_gradient), threads);
-      },
-      py::arg("features"), py::kw_only(), py::arg("slopes"), py::arg("along"), py::arg("along_stride"),
-      py::arg("query_gradient"), py::arg("key_gradient"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::kw_only(), py::arg("P"), py::arg("D"), py::arg("query"), py::arg("key"), py::arg("query_gradient"),
+      py::arg("key_gradient"), py::arg("feature_type"), py::arg("self_contrast"), py::arg("slopes"), py::arg("along"),
+      py::arg("scale"), py::arg(where)..., py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_scratch(py::module_& m, const char* name, int64_t (*values)(int64_t, int64_t, int64_t, int64_t, bool)) {
+  m.def(name, values, py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("self_contrast"));
 }
 
 template <class T>
@@ -253,53 +265,12 @@ void bind_sinkhorn(py::module_& m, const std::string& type) {
 }
 
 #if defined(SEER_CUDA_ARCHITECTURES)
-RowSet rows(std::uintptr_t first, std::uintptr_t second, int64_t split, int64_t rows) {
-  return {pointer<void>(first), pointer<void>(second), split, rows};
-}
-
 template <class T>
 void bind_cuda_sinkhorn(py::module_& m, const std::string& type) {
   bind_solvers<T>(m, "cuda_" + type, cuda::sinkhorn_solve<T>, cuda::sinkhorn_gradient<T>, "scratch", "device",
                   "stream");
   m.def(("sinkhorn_scratch_" + type).c_str(), &cuda::sinkhorn_scratch<T>, py::arg("transport"), py::kw_only(),
         py::arg("gradient"), py::arg("device"));
-}
-
-template <class T>
-void bind_fused(py::module_& m, const std::string& type) {
-  m.def(
-      ("fused_loss_cuda_" + type).c_str(),
-      [](const Operands<T>& operands, RowSet query, RowSet key, int64_t D, int feature_type, int form, bool normalize,
-         T temperature_value, T bias_value, std::uintptr_t row_gradient, std::uintptr_t scratch, std::uintptr_t rows,
-         std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t total_loss, std::uintptr_t total_weight,
-         std::uintptr_t mean_loss, std::uintptr_t temperature_gradient, std::uintptr_t bias_gradient, bool write_slopes,
-         int device, std::uintptr_t stream) {
-        cuda::fused_loss<T>({operands, query, key, D, static_cast<FeatureType>(feature_type), static_cast<Form>(form),
-                             normalize, temperature_value, bias_value, pointer<const T>(row_gradient),
-                             pointer<T>(scratch), pointer<T>(rows), pointer<T>(slopes), pointer<T>(along),
-                             pointer<T>(total_loss), pointer<T>(total_weight), pointer<T>(mean_loss),
-                             pointer<T>(temperature_gradient), pointer<T>(bias_gradient), write_slopes},
-                            device, stream);
-      },
-      py::arg("operands"), py::kw_only(), py::arg("query"), py::arg("key"), py::arg("D"), py::arg("feature_type"),
-      py::arg("form"), py::arg("normalize"), py::arg("temperature_value"), py::arg("bias_value"),
-      py::arg("row_gradient"), py::arg("scratch"), py::arg("rows"), py::arg("slopes"), py::arg("along"),
-      py::arg("total_loss"), py::arg("total_weight"), py::arg("mean_loss"), py::arg("temperature_gradient"),
-      py::arg("bias_gradient"), py::arg("write_slopes"), py::arg("device"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      ("fused_gradients_cuda_" + type).c_str(),
-      [](int64_t P, int64_t D, RowSet query, RowSet key, RowSet query_gradient, RowSet key_gradient, int feature_type,
-         bool self_contrast, std::uintptr_t slopes, std::uintptr_t along, std::uintptr_t scale, int device,
-         std::uintptr_t stream) {
-        cuda::fused_gradients<T>({P, D, query, key, query_gradient, key_gradient,
-                                  static_cast<FeatureType>(feature_type), self_contrast, pointer<const T>(slopes),
-                                  pointer<const T>(along), pointer<const T>(scale)},
-                                 device, stream);
-      },
-      py::kw_only(), py::arg("P"), py::arg("D"), py::arg("query"), py::arg("key"), py::arg("query_gradient"),
-      py::arg("key_gradient"), py::arg("feature_type"), py::arg("self_contrast"), py::arg("slopes"), py::arg("along"),
-      py::arg("scale"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 #endif
 
@@ -312,26 +283,24 @@ PYBIND11_MODULE(_native, m) {
   m.def("limit_instruction_set", [](int limit) { cpu::limit_instruction_set(static_cast<cpu::InstructionSet>(limit)); });
   bind_operands<float>(m, "f32");
   bind_operands<double>(m, "f64");
-  bind_features<float>(m, "f32");
-  bind_features<double>(m, "f64");
   bind_panels<float>(m, "f32");
   bind_panels<double>(m, "f64");
   bind_rows(m, "f32", cpu::contrastive_rows<float>, cpu::project_rows<float>, "threads");
   bind_rows(m, "f64", cpu::contrastive_rows<double>, cpu::project_rows<double>, "threads");
+  bind_fused(m, "f32", cpu::fused_loss<float>, cpu::fused_gradients<float>, "threads");
+  bind_fused(m, "f64", cpu::fused_loss<double>, cpu::fused_gradients<double>, "threads");
+  bind_scratch(m, "fused_scratch", cpu::fused_scratch);
   bind_sinkhorn<float>(m, "f32");
   bind_sinkhorn<double>(m, "f64");
 #if defined(SEER_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = SEER_CUDA_ARCHITECTURES;
   bind_rows(m, "cuda_f32", cuda::contrastive_rows<float>, cuda::project_rows<float>, "device", "stream");
   bind_rows(m, "cuda_f64", cuda::contrastive_rows<double>, cuda::project_rows<double>, "device", "stream");
-  py::class_<RowSet>(m, "RowSet")
-      .def(py::init(&rows), py::kw_only(), py::arg("first"), py::arg("second"), py::arg("split"), py::arg("rows"));
-  bind_fused<float>(m, "f32");
-  bind_fused<double>(m, "f64");
+  bind_fused(m, "cuda_f32", cuda::fused_loss<float>, cuda::fused_gradients<float>, "device", "stream");
+  bind_fused(m, "cuda_f64", cuda::fused_loss<double>, cuda::fused_gradients<double>, "device", "stream");
+  bind_scratch(m, "fused_scratch_cuda", cuda::fused_scratch);
   bind_cuda_sinkhorn<float>(m, "f32");
   bind_cuda_sinkhorn<double>(m, "f64");
-  m.def("fused_scratch", &cuda::fused_scratch, py::kw_only(), py::arg("P"), py::arg("N"), py::arg("M"), py::arg("D"),
-        py::arg("self_contrast"));
 #else
   m.attr("cuda_architectures") = "";
 #endif

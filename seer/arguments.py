@@ -102,7 +102,7 @@ _SECTIONS = {
 
 
 _FROM_THE_PAPER = frozenset(
-    {"max_length", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "weight_decay"}
+    {"max_length", "weight_decay"}
     | {"disentangle_weight", "retain_weight", "kl_weight", "temperature", "retain_normalization"}
     | {"lora_r", "lora_alpha", "lora_dropout"}
 )

@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from seer.errors import InputError
 from seer.files import atomic_path
+
+_Item = TypeVar("_Item")
 
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError where argparse would exit, keeps the lines of the description, and allows no abbreviations."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None, *, add_help: bool = True) -> None:
         super().__init__(
             prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -31,3 +35,12 @@ def save_json(values: Any, path: str | os.PathLike[str]) -> None:
     """Write `values` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:
+    """The items, with a bar in the terminal (on stderr) that says how many are done; without a terminal nothing."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)

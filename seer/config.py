@@ -28,6 +28,9 @@ Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
 
 
+RATE_TIMES_WIDTH = 0.5
+"""Learning rate times hidden size, where no rate is given: measured at 256, and about the paper's at 4096."""
+
 POSITIONS = ("last", "last_request", "response_mean")
 
 _CHOICES = {
@@ -237,7 +240,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     )
     temperature: float = field(default=0.1, metadata={"help": "Temperature of L_d."})
     same_label: SameLabel = field(
-        default="ignore",
+        default="positive",
         metadata={
             "help": "What L_d makes of another pair of the same concept: 'negative' (as in the paper), 'ignore' (left "
             "out of the denominator) or 'positive'. 'sup_con' and 'ot_contrastive' take 'positive' unless told "
@@ -322,9 +325,9 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         metadata={"help": "Continue a run: 'true' for the last complete checkpoint in --output_dir, or its folder."},
     )
 
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of texts per device and step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of texts per device and step."})
     num_train_epochs: float = field(
-        default=2.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
+        default=1.0, metadata={"help": "Passes over the training samples; each is the first text of a pair once."}
     )
     max_steps: int = field(
         default=-1,
@@ -333,9 +336,15 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "much memory a run takes, and write nothing."
         },
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of AdamW."})
+    learning_rate: float | None = field(  # type: ignore[assignment]  # a number as soon as there is a trainer
+        default=None,
+        metadata={
+            "help": f"Learning rate of AdamW. Default: {RATE_TIMES_WIDTH} / hidden size of the model, 1.2e-4 at 4096 "
+            "(1e-4 in the paper): the wider a model, the smaller its steps."
+        },
+    )
     lr_scheduler_type: SchedulerType | str = field(
-        default="constant", metadata={"help": "Schedule of the learning rate."}
+        default="linear", metadata={"help": "Schedule of the learning rate."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log the loss terms every so many steps."})
     save_steps: float = field(

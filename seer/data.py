@@ -80,6 +80,12 @@ class TextDataset(Dataset[Text]):
         return self.texts[index]
 
 
+class PromptDataset(TextDataset):
+    """Requests for a model to answer: read from a column prompt, or text; other columns do not count."""
+
+    _LAYOUTS: ClassVar[list[tuple[str, ...]]] = [("prompt",), ("text",)]
+
+
 class ConceptDataset(TextDataset):
     """Texts labelled by concept.
 
@@ -356,25 +362,29 @@ def tokenize(
     silent = sum(text.response is not None and not text.response.strip() for text in texts)
     if silent:
         logger.warning("%d of %d texts have an empty response: their request stands for them.", silent, len(texts))
-    texts = list(texts)
-    rows = [_token_ids(tokenizer, text) for text in texts]
-    for text, ids in zip(texts, rows, strict=True):
-        if not ids:
-            raise InputError(f"{text.source}: expected text that the tokenizer knows, got no token at all")
-    too_long = [index for index, ids in enumerate(rows) if len(ids) > max_length]
-    if too_long and truncation == "refuse":
-        raise InputError(
-            f"{texts[too_long[0]].source}: expected at most {max_length} tokens (--max_length, the window of the model "
-            f"or of the tokenizer), got {len(rows[too_long[0]])}; {len(too_long)} of {len(texts)} texts are too long, "
-            "and --truncation is refuse"
-        )
-    for index in too_long:
-        while len(rows[index]) > max_length:
-            texts[index] = _shorten(tokenizer, texts[index], len(rows[index]) - max_length, truncation)
-            rows[index] = _token_ids(tokenizer, texts[index])
-    if too_long:
-        logger.warning("%d of %d texts are longer than %d tokens and were cut.", len(too_long), len(texts), max_length)
+    texts, rows = _fitting(tokenizer, texts, max_length, truncation)
     return [Tokens(ids, _request_length(tokenizer, text, ids)) for text, ids in zip(texts, rows, strict=True)]
+
+
+def tokenize_requests(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[Text], max_length: int, truncation: str = "end"
+) -> list[list[int]]:
+    """Token ids of requests with all that the chat template puts in front of a response: a model answers after them.
+
+    Args:
+        tokenizer: any tokenizer.
+        requests: N texts, of which the prompt counts.
+        max_length: tokens that a request may have.
+        truncation: what one that is too long loses, as in `tokenize`.
+
+    Raises:
+        InputError: as `tokenize`, and for a request of nothing but white space.
+    """
+    for request in requests:
+        if not request.prompt.strip():
+            raise InputError(f"{request.source}: expected a request to answer, got nothing but white space")
+    unanswered = [request._replace(response="") for request in requests]
+    return _fitting(tokenizer, unanswered, max_length, truncation, awaits_response=True)[1]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -392,6 +402,35 @@ def warn_of_shared_texts(rows: Sequence[Tokens], training_rows: Sequence[Tokens]
     shared = sum(tuple(row.ids) in training for row in rows)
     if shared:
         logger.warning("%d of %d %s are also among the training texts: %s.", shared, len(rows), what, why)
+
+
+def _fitting(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    max_length: int,
+    truncation: str,
+    awaits_response: bool = False,
+) -> tuple[list[Text], list[list[int]]]:
+    """The texts, shortened where they must be, and their ids."""
+    texts = list(texts)
+    rows = [_token_ids(tokenizer, text, awaits_response) for text in texts]
+    for text, ids in zip(texts, rows, strict=True):
+        if not ids:
+            raise InputError(f"{text.source}: expected text that the tokenizer knows, got no token at all")
+    too_long = [index for index, ids in enumerate(rows) if len(ids) > max_length]
+    if too_long and truncation == "refuse":
+        raise InputError(
+            f"{texts[too_long[0]].source}: expected at most {max_length} tokens (--max_length, the window of the model "
+            f"or of the tokenizer), got {len(rows[too_long[0]])}; {len(too_long)} of {len(texts)} texts are too long, "
+            "and --truncation is refuse"
+        )
+    for index in too_long:
+        while len(rows[index]) > max_length:
+            texts[index] = _shorten(tokenizer, texts[index], len(rows[index]) - max_length, truncation)
+            rows[index] = _token_ids(tokenizer, texts[index], awaits_response)
+    if too_long:
+        logger.warning("%d of %d texts are longer than %d tokens and were cut.", len(too_long), len(texts), max_length)
+    return texts, rows
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Text, awaits_response: bool = False) -> list[int]:

@@ -1,14 +1,16 @@
-"""The command `seer evaluate`: base model against SEER on held-out samples, at every layer."""
+"""The command `seer evaluate`: base model against SEER, by default on held-out samples at every layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seer.command_line import Parser, save_json
+from seer.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +25,19 @@ Measure a run's base model and its SEER model on held-out samples: at every laye
 arranged and how well a concept can be told from them, and how far the model's predictions moved on retain texts. Every
 figure has a 95 % bootstrap interval over texts; those of the differences compare both models on the same draws. RUN is
 the --output_dir of `seer train`. What each measure is: help(seer.metrics).
+
+That is the task "separation". --task NAME chooses another, which has options of its own; to see them:
+seer evaluate --task NAME --help
 """
+
+_SEPARATION = "separation"
+
+_TASKS = {
+    "classification": ("seer.classification", "how well the concept of a text can be told"),
+    "detoxification": ("seer.detoxification", "how safe its answers are, and what it refuses"),
+    "generalization": ("seer.generalization", "terms of an optimal-transport bound on the errors of a classifier"),
+}
+"""Name -> the module with its `run_<name>`, and what it measures."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,6 @@ def retention_sums(run: Run, texts: Sequence[Text], batch_size: int = 4) -> dict
     from torch.nn.functional import kl_div
 
     from seer.data import pad_token_id
-    from seer.errors import InputError
     from seer.layers import without_dropout
     from seer.sampling import pad_rows
 
@@ -171,8 +184,26 @@ def run_evaluate(argv: Sequence[str]) -> None:
         InputError: bad arguments or data.
         SystemExit: after `--help`.
     """
-    parser = Parser("seer evaluate", _DESCRIPTION)
+    selector = Parser("seer evaluate", "", add_help=False)
+    selector.add_argument("--task", default=_SEPARATION)
+    selected, rest = selector.parse_known_args(argv)
+    if selected.task in _TASKS:
+        module, _ = _TASKS[selected.task]
+        getattr(import_module(module), f"run_{selected.task}")(rest)
+    elif selected.task == _SEPARATION:
+        _run_separation(rest)
+    else:
+        raise InputError(f"--task: expected one of {[_SEPARATION, *_TASKS]}, got {selected.task!r}")
+
+
+def _run_separation(argv: Sequence[str]) -> None:
+    tasks = "".join(f"  {name:<15} {what}\n" for name, (_, what) in _TASKS.items())
+    tasks = f"tasks:\n  {_SEPARATION:<15} how hidden states are arranged by concept (the default)\n{tasks}"
+    parser = Parser("seer evaluate", _DESCRIPTION, tasks)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished seer train run")
+    parser.add_argument(
+        "--task", metavar="NAME", help="what to measure, see below; the other options here are those of separation"
+    )
     parser.add_argument("--layers", nargs="+", type=int, metavar="L", help="layers (default: all)")
     parser.add_argument("--data", metavar="FILE", help="where the run's data is now (default: where it was)")
     parser.add_argument(
@@ -225,15 +256,18 @@ def _table(evaluation: Evaluation) -> Table:
         table.add_column(column, justify="left" if column == "measure" else "right")
     for layer, measures in evaluation.layers.items():
         for name, change in measures.items():
-            table.add_row(str(layer), name.replace("_", " "), *_cells(change), end_section=name == [*measures][-1])
+            table.add_row(
+                str(layer), name.replace("_", " "), *change_cells(change), end_section=name == [*measures][-1]
+            )
     for name, change in (evaluation.retention or {}).items():
-        table.add_row("", {"perplexity": "perplexity", "kl": "KL to the base model, nats"}[name], *_cells(change))
+        table.add_row("", {"perplexity": "perplexity", "kl": "KL to the base model, nats"}[name], *change_cells(change))
     if evaluation.retention is not None:
         table.caption = f"perplexity and KL on {evaluation.retain_texts}"
     return table
 
 
-def _cells(change: Change) -> list[str]:
+def change_cells(change: Change) -> list[str]:
+    """Base, SEER and difference with its interval, for a table."""
     if change.difference.value != change.difference.value:
         return ["-", "-", "-"]
     difference = change.difference

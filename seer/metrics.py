@@ -146,10 +146,42 @@ def silhouette(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return values
 
 
+def prototype_cosines(z: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """[N, C] cosine to the prototype (normalised mean of the training directions) of every concept, in sorted order.
+
+    Args:
+        z: [N, D] directions.
+        train_z: [M, D] training directions.
+        train_labels: (M,).
+    """
+    centroids = _centroids(train_z, train_labels, np.ones(len(train_labels)))
+    cosines: np.ndarray = z @ (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).T
+    return cosines
+
+
+def linear_probe(z: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    """Logistic regression (L2, C = 1) fitted on samples; scikit-learn.
+
+    Args:
+        z: [N, D].
+        labels: (N,).
+    """
+    return LogisticRegression(C=1.0, max_iter=2000).fit(z, labels)
+
+
+def linear_probe_scores(z: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """[N, C] decision values of `linear_probe` on the training directions.
+
+    Arguments as for `prototype_cosines`.
+    """
+    values: np.ndarray = linear_probe(train_z, train_labels).decision_function(z)
+    return values if values.ndim == 2 else np.stack([-values, values], axis=1)  # of two classes it gives one's only
+
+
 def nearest_prototype_correct(
     z: np.ndarray, labels: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray
 ) -> np.ndarray:
-    """(N,) 1 where the prototype (normalised mean of the training directions of a concept) of highest cosine is right.
+    """(N,) 1 where the prototype of highest cosine is right, see `prototype_cosines`.
 
     Args:
         z: [N, D] held-out directions.
@@ -157,10 +189,7 @@ def nearest_prototype_correct(
         train_z: [M, D] training directions.
         train_labels: (M,).
     """
-    centroids = _centroids(train_z, train_labels, np.ones(len(train_labels)))
-    prototypes = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
-    correct: np.ndarray = np.unique(train_labels)[(z @ prototypes.T).argmax(1)] == labels
-    return correct.astype(np.float64)
+    return _best_is_right(prototype_cosines(z, train_z, train_labels), labels, train_labels)
 
 
 def knn_correct(z: np.ndarray, labels: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
@@ -176,13 +205,11 @@ def knn_correct(z: np.ndarray, labels: np.ndarray, train_z: np.ndarray, train_la
 def linear_probe_correct(
     z: np.ndarray, labels: np.ndarray, train_z: np.ndarray, train_labels: np.ndarray
 ) -> np.ndarray:
-    """(N,) 1 where logistic regression (L2, C = 1) on the training directions is right; scikit-learn.
+    """(N,) 1 where the class of highest value is right, see `linear_probe_scores`.
 
     Arguments as for `nearest_prototype_correct`.
     """
-    model = LogisticRegression(C=1.0, max_iter=2000).fit(train_z, train_labels)
-    correct: np.ndarray = model.predict(z) == labels
-    return correct.astype(np.float64)
+    return _best_is_right(linear_probe_scores(z, train_z, train_labels), labels, train_labels)
 
 
 def layer_metrics(
@@ -214,7 +241,7 @@ def layer_metrics(
         "between_centroids": lambda w: between_centroids(z, labels, w),
         "within_concept": lambda w: within_concept(z, labels, w),
         "hausdorff": lambda w: hausdorff(distances, labels, w),
-        **{name: _weighted_mean(values) for name, values in per_sample.items()},
+        **{name: weighted_mean(values) for name, values in per_sample.items()},
     }
 
 
@@ -293,7 +320,14 @@ def _interval(value: float, draws: np.ndarray) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _weighted_mean(values: np.ndarray) -> Metric:
+def _best_is_right(scores: np.ndarray, labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the highest of [N, C] scores, one per concept of the training samples in sorted order, is right."""
+    correct: np.ndarray = np.unique(train_labels)[scores.argmax(1)] == labels
+    return correct.astype(np.float64)
+
+
+def weighted_mean(values: np.ndarray) -> Metric:
+    """The mean of (N,) values as a metric."""
     return lambda weights: float(np.average(values, weights=weights))
 
 

@@ -84,11 +84,16 @@ class Run:
         return cls(path, config, trained, tokenizer, stack, BaseModel(stack, copy), fingerprint(path))
 
     @property
-    def max_length(self) -> int:
-        """Longest text in tokens: the run's limit, the tokenizer's and the model's window."""
+    def window(self) -> int:
+        """Tokens that the model and its tokenizer can take."""
         window = getattr(self.stack.root.config.get_text_config(), "max_position_embeddings", None)
-        limits = (self.config.max_length, self.tokenizer.model_max_length, window)
-        return min(limit for limit in limits if limit is not None)
+        limit = int(self.tokenizer.model_max_length)
+        return limit if window is None else min(limit, window)
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens: the run's limit and the window."""
+        return self.window if self.config.max_length is None else min(self.config.max_length, self.window)
 
     @property
     def position(self) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 
 from seer.calibration import Calibration, calibrate
 from seer.checkpoints import CheckpointingTrainer, digest
-from seer.config import SeerConfig
+from seer.config import RATE_TIMES_WIDTH, SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
@@ -98,6 +98,8 @@ class SeerTrainer(CheckpointingTrainer):
             _require_plain_pairs(args)
         self.stack = find_layers(model, args.layers_path)
         self.target_layers = self.stack.resolve(args.target_layers)
+        if args.learning_rate is None:
+            args.learning_rate = RATE_TIMES_WIDTH / self.stack.root.config.get_text_config().hidden_size
         if args.uses("kl") and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "

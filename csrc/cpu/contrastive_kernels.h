@@ -88,7 +88,7 @@ void evaluate_row(const RowBlock<T>& b, int64_t p, int64_t i, T* products) {
   T* planes = b.rows + p * b.N + i;
   const int64_t plane = b.P * b.N;
   for (int which = 0; which < kRowPlanes; ++which) planes[which * plane] = 0;
-  const T temperature = *b.temperature, row_gradient = b.row_gradient[p * b.N + i];
+  const T temperature = *b.temperature, row_gradient = b.row_gradient ? b.row_gradient[p * b.N + i] : T(1);
 
   // Pass 1: products to logits; maxima, sums and counts of positives and negatives.
   PairSums<T> sums;

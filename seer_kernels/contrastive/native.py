@@ -4,9 +4,9 @@ One-sided losses take one sweep over blocks of queries. A block against all keys
 products are overwritten by the gradient with respect to them, and two more matrix products give the gradients of
 queries and keys: three products in all, and no memory beyond one block.
 
-Problems of few rows, such as the hidden states of a training step, stay in the caches: there our own kernels multiply,
-which need no packing, and take the normalisation's part of the gradient along. On CUDA such a problem is one launch
-from features to slopes, and one from slopes to gradients.
+Problems of few rows, such as the hidden states of a training step, are one call from features to slopes and one from
+slopes to gradients, on CUDA a launch each: there our own kernels multiply, which need no packing, and take the
+normalisation's part of the gradient along.
 
 Where keys are anchors too (self-contrast, symmetric losses), no gradient can be formed before every row and column has
 been seen. A first sweep collects what each anchor needs, a second one forms the gradient. A set against itself is
@@ -56,7 +56,10 @@ FUSED_WORK = 1 << 29
 """On CUDA, only up to so many multiply-adds P N M D: beyond them the library's rate counts for more than launches."""
 
 FEATURE_TYPES = {torch.bfloat16: 1, torch.float16: 2}
-"""As `seer::FeatureType` numbers what the fused kernels widen as they read it."""
+"""As `seer::FeatureType` numbers what the fused kernels widen as they read it, on CUDA."""
+
+ROW_PLANES = len(RowResults._fields) + 2
+"""`seer::RowPlane`: the results and what the gradients of temperature and bias are sums of."""
 
 KEY_CHUNK = 1024
 """Keys widened to fp32 at a time, for features in half precision."""
@@ -99,67 +102,15 @@ def backward(problem: Problem, row_gradient: Tensor, wanted: Wanted) -> Gradient
 def keeps_slopes(device: torch.device, dtype: torch.dtype, P: int, N: int, M: int, D: int) -> bool:
     """Whether `forward` returns slopes: of small problems they take less memory than the gradients of the features."""
     small = 0 < max(N, M) <= CACHED_ROWS and P * N * M * accumulation_dtype(dtype).itemsize <= BLOCK_BYTES
-    return small and (not _fuses(device) or 0 < P * N * M * D <= FUSED_WORK)
+    return small and (not _is_cuda(device) or 0 < P * N * M * D <= FUSED_WORK)
 
 
 def _is_small(problem: Problem) -> bool:
     return keeps_slopes(problem.query.device, problem.query.dtype, *problem.sizes)
 
 
-def _fuses(device: torch.device) -> bool:
-    """Whether small problems are one launch each way there."""
+def _is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def gradients_from_slopes(
-    query: Tensor,
-    key: Tensor | None,
-    slopes: PairSlopes,
-    scale: Tensor | None,
-    self_contrast: bool,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of queries and keys, None where not `wanted`, times `scale` [P] if given; in the dtype of the features
-    or in the accumulation dtype."""
-    if _fuses(query.device):
-        return _fused_gradients(query, key, slopes, scale, self_contrast, wanted)
-    if scale is not None:
-        slopes = PairSlopes(slopes.slopes * scale.view(-1, 1, 1), slopes.along * scale.view(-1, 1))
-    sets = [x.to(slopes.slopes.dtype).contiguous() for x in (query, key) if x is not None]
-    if not self_contrast:
-        query_gradient, key_gradient = (torch.empty_like(x) if w else None for x, w in zip(sets, wanted, strict=True))
-        _combine(sets[0], sets[1], slopes, query_gradient, key_gradient)
-        return query_gradient, key_gradient
-    # The slopes hold both triangles, so what rows gain as queries is all there is to gain.
-    whole = sets[0] if key is None else torch.cat(sets, 1)
-    gradient = torch.empty_like(whole)
-    _combine(whole, whole, slopes, gradient, None)
-    if key is None:
-        return gradient, None
-    half = query.shape[1]
-    return gradient[:, :half].contiguous(), gradient[:, half:].contiguous()
-
-
-def _combine(
-    query: Tensor, key: Tensor, slopes: PairSlopes, query_gradient: Tensor | None, key_gradient: Tensor | None
-) -> None:
-    _launch(
-        "feature_gradients",
-        query,
-        _features(query, key),
-        slopes=slopes.slopes.data_ptr(),
-        along=slopes.along.data_ptr() if slopes.along.numel() else 0,
-        along_stride=slopes.along.shape[1],
-        query_gradient=_address(query_gradient),
-        key_gradient=_address(key_gradient),
-    )
-
-
-def _features(query: Tensor, key: Tensor) -> Any:
-    """Features of the kernels, from contiguous [P, N, D] and [P, M, D]."""
-    P, N, D = query.shape
-    sizes = {"P": P, "N": N, "M": key.shape[1], "D": D}
-    return getattr(_native, f"Features_{_suffix(query.dtype)}")(**sizes, query=query.data_ptr(), key=key.data_ptr())
 
 
 def statistics(problem: Problem, anchors: Tensor) -> None:
@@ -196,15 +147,18 @@ def _parts(sweep: _Sweep, like: Tensor) -> Iterator[tuple[_Block, Tensor]]:
 
 
 def _evaluate(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    small = _is_small(problem)
-    if small and _fuses(problem.query.device):
+    if _is_small(problem):
         return _fused_loss(problem, row_gradient, wanted)
     if row_gradient is None:
         row_gradient = row_weights(problem)
-    sweep = (_CachedSweep if small else _Sweep)(problem, wanted)
+    sweep = _Sweep(problem, wanted)
     if problem.pairing.self_contrast or problem.form == "symmetric":
         return _two_sweeps(sweep, row_gradient)
     return _one_sweep(sweep, row_gradient)
+
+
+_RowSet = tuple[int, int, int, int]
+"""`seer::RowSet`."""
 
 
 class _Block(NamedTuple):
@@ -218,15 +172,17 @@ class _Block(NamedTuple):
 class _Sweep:
     """The operands of a problem, its blocks, and the matrix products over a block."""
 
-    slopes: PairSlopes | None = None
-
     def __init__(self, problem: Problem, wanted: Wanted) -> None:
         self.problem, self.wanted, self.dtype = problem, wanted, problem.dtype
         self.P, self.N, self.M, self.D = problem.sizes
         self.device = problem.query.device
         sets = [x for x in (problem.query, problem.key) if x is not None]
-        self.gradients = [self.no_gradient(x) if want else None for x, want in zip(sets, wanted[:2], strict=False)]
-        self.inverse_norms = [self.norms(x) for x in sets] if problem.normalize else []
+        # Zeros cost nothing until they are touched: every product is added.
+        self.gradients = [
+            torch.zeros(x.shape, dtype=self.dtype, device=self.device) if want else None
+            for x, want in zip(sets, wanted[:2], strict=False)
+        ]
+        self.inverse_norms = [self._norms(x) for x in sets] if problem.normalize else []
         if problem.pairing.self_contrast:
             self.query_sets = self.key_sets = list(range(len(sets)))
             scales = [torch.cat(self.inverse_norms, 1)] * 2 if problem.normalize else []
@@ -234,7 +190,6 @@ class _Sweep:
             self.query_sets, self.key_sets = [0], [1]
             scales = self.inverse_norms
         self.sets, self.scales = sets, scales  # scales of queries and keys; none for raw products
-        self.scale_addresses = [x.data_ptr() for x in scales] or [0, 0]
         self.temperature, self.bias = self._on_device(problem.temperature), self._on_device(problem.bias)
         self.operands = _operands(problem, self.temperature, self.bias, *scales)
 
@@ -244,11 +199,7 @@ class _Sweep:
         # A number: filling it in needs no synchronisation, a copy would.
         return torch.full((), scalar.item(), dtype=self.dtype, device=self.device)
 
-    def no_gradient(self, features: Tensor) -> Tensor | None:
-        """Zeros, which cost nothing until they are touched: every product is added."""
-        return torch.zeros(features.shape, dtype=self.dtype, device=self.device)
-
-    def norms(self, features: Tensor) -> Tensor:
+    def _norms(self, features: Tensor) -> Tensor:
         """1 / |x| per row, 0 for a row of zeros: [P, rows]."""
         norm: Tensor = torch.linalg.vector_norm(features, dim=-1, dtype=self.dtype)
         return norm.masked_fill_(norm == 0, torch.inf).reciprocal_()
@@ -324,7 +275,6 @@ class _Sweep:
             key,
             temperature if self.wanted.temperature else None,
             bias if self.wanted.bias else None,
-            self.slopes,
         )
 
 
@@ -354,59 +304,19 @@ def _operands(
     )
 
 
-class _CachedSweep(_Sweep):
-    """All problems as one block, multiplied by our own kernels, up to the slopes."""
-
-    def no_gradient(self, features: Tensor) -> Tensor | None:
-        return None
-
-    def norms(self, features: Tensor) -> Tensor:
-        """Empty: `multiply` fills them."""
-        return features.new_empty(features.shape[:2], dtype=self.dtype)
-
-    def blocks(self, rows: int) -> Iterator[_Block]:
-        yield _Block(slice(0, self.P), slice(0, self.N), 0)
-
-    def multiply(self, block: _Block, products: Tensor) -> None:
-        sets = [x.to(self.dtype).contiguous() for x in self.sets]
-        if self.problem.pairing.self_contrast:
-            sets = [sets[0] if len(sets) == 1 else torch.cat(sets, 1)] * 2
-        self.features = _features(*sets)
-        query_norms, key_norms = self.scale_addresses
-        norms = {"query_inverse_norms": query_norms, "key_inverse_norms": key_norms}
-        _launch("pair_products", products, self.features, products=products.data_ptr(), **norms)
-        if self.scales and self.wants_features:
-            self.products = products.clone()
-
-    def accumulate(self, block: _Block, slopes: Tensor) -> None:
-        sides = 1 if self.problem.pairing.self_contrast else 2  # slopes of a set against itself hold both triangles
-        along = slopes.new_empty(self.P, sum(x.shape[1] for x in self.scales[:sides]))
-        if self.scales:
-            _launch(
-                "components_along",
-                slopes,
-                self.features,
-                slopes=slopes.data_ptr(),
-                products=self.products.data_ptr(),
-                query_inverse_norms=self.scale_addresses[0],
-                key_inverse_norms=self.scale_addresses[1] if sides == 2 else 0,
-                along=along.data_ptr(),
-            )
-        self.slopes = PairSlopes(slopes, along)
-
-
 def _fused_loss(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -> tuple[RowResults, Gradients]:
-    """The whole loss in one launch, up to the slopes; `row_gradient` [P, N], or None for ones."""
+    """The whole loss in one call, up to the slopes; `row_gradient` [P, N], or None for ones."""
     P, N, M, D = problem.sizes
     alone, dtype = problem.pairing.self_contrast, problem.dtype
-    sets = [x.contiguous() for x in (problem.query, problem.key) if x is not None]
+    sets = _readable(problem.query, problem.key)
     numbers = {"temperature": problem.temperature, "bias": problem.bias}
     there = {name: x if x is not None and x.device == sets[0].device else None for name, x in numbers.items()}
     operands = _operands(problem, **there)
     wants_slopes = any(wanted[:2])
+    scratch = getattr(_native, f"fused_scratch{'_cuda' * (sets[0].device.type == 'cuda')}")
     sizes = {
-        "scratch": (_native.fused_scratch(P=P, N=N, M=M, D=D, self_contrast=alone),),
-        "rows": (len(RowResults._fields), P, N),
+        "scratch": (scratch(P=P, N=N, M=M, D=D, self_contrast=alone),),
+        "rows": (ROW_PLANES, P, N),
         "slopes": (P, N, M),
         "along": (P, (N if alone else N + M) if problem.normalize and wants_slopes else 0),
         **dict.fromkeys(("total_loss", "total_weight", "mean_loss", "temperature_gradient", "bias_gradient"), (P,)),
@@ -429,7 +339,7 @@ def _fused_loss(problem: Problem, row_gradient: Tensor | None, wanted: Wanted) -
         **{f"{name}_value": _number(x, there[name]) for name, x in numbers.items()},
         **{name: _address(x if x.numel() else None) for name, x in results.items()},
     )
-    return RowResults(*results["rows"].unbind()), Gradients(
+    return RowResults(*results["rows"].unbind()[: len(RowResults._fields)]), Gradients(
         None,
         None,
         results["temperature_gradient"] if wanted.temperature else None,
@@ -443,7 +353,7 @@ def _number(scalar: Tensor | None, on_device: Tensor | None) -> float:
     return 0.0 if scalar is None or on_device is not None else float(scalar)
 
 
-def _fused_gradients(
+def gradients_from_slopes(
     query: Tensor,
     key: Tensor | None,
     slopes: PairSlopes,
@@ -451,8 +361,9 @@ def _fused_gradients(
     self_contrast: bool,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of queries and keys in their own dtype from one launch."""
-    sets = [x.contiguous() for x in (query, key) if x is not None]
+    """Gradients of queries and keys in one call, None where not `wanted`, times `scale` [P] if given; in the dtype of
+    the features or in the accumulation dtype."""
+    sets = _readable(query, key)
     gradients = [torch.empty_like(x) if w else None for x, w in zip(sets, wanted, strict=False)]
     query_set, key_set = _row_sets(sets, self_contrast)
     query_gradient, key_gradient = _row_sets(sets, self_contrast, gradients)
@@ -465,7 +376,7 @@ def _fused_gradients(
         key=key_set,
         query_gradient=query_gradient,
         key_gradient=key_gradient,
-        feature_type=FEATURE_TYPES.get(query.dtype, 0),
+        feature_type=FEATURE_TYPES.get(sets[0].dtype, 0),
         self_contrast=self_contrast,
         slopes=slopes.slopes.data_ptr(),
         along=_address(slopes.along if slopes.along.numel() else None),
@@ -474,21 +385,26 @@ def _fused_gradients(
     return gradients[0], gradients[1] if key is not None else None
 
 
+def _readable(query: Tensor, key: Tensor | None) -> list[Tensor]:
+    """Sets of features as the fused kernels read them: contiguous, and on the CPU in the accumulation dtype."""
+    dtype = query.dtype if _is_cuda(query.device) else accumulation_dtype(query.dtype)
+    return [x.to(dtype).contiguous() for x in (query, key) if x is not None]
+
+
 def _row_sets(
     sets: list[Tensor], self_contrast: bool, gradients: Sequence[Tensor | None] | None = None
-) -> tuple[Any, Any]:
+) -> tuple[_RowSet, _RowSet]:
     """The queries and the keys, or the `gradients` of them in their place: of a set against itself all rows as both."""
     addresses = [_address(x) for x in (sets if gradients is None else gradients)]
     rows = [x.shape[1] for x in sets]
     if self_contrast:
-        whole = _native.RowSet(first=addresses[0], second=addresses[-1], split=rows[0], rows=sum(rows))
+        whole = (addresses[0], addresses[-1], rows[0], sum(rows))
         return whole, whole
-    query, key = (_native.RowSet(first=a, second=a, split=r, rows=r) for a, r in zip(addresses, rows, strict=True))
-    return query, key
+    return (addresses[0], addresses[0], rows[0], rows[0]), (addresses[1], addresses[1], rows[1], rows[1])
 
 
 def _one_sweep(sweep: _Sweep, row_gradient: Tensor) -> tuple[RowResults, Gradients]:
-    rows = torch.zeros(8, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
+    rows = torch.zeros(ROW_PLANES, sweep.P, sweep.N, dtype=sweep.dtype, device=sweep.device)
     for block, products in _parts(sweep, rows):
         _launch(
             "contrastive_rows",

@@ -194,7 +194,6 @@ class CudaShim:
         self._check(getattr(self._library, f"fused_gradients_{suffix}")(ctypes.byref(FusedGradients(**arguments))))
 
     Operands_f32 = Operands_f64 = Operands
-    RowSet = RowSet
 
     def fused_scratch(self, *, P: int, N: int, M: int, D: int, self_contrast: bool) -> int:
         values = ctypes.c_int64()

@@ -115,7 +115,7 @@ def test_refused_launches_of_small_problems_say_why(dtype: torch.dtype, monkeypa
         getattr(_native, f"{kernel}_cuda_{suffix}")(*operands, **arguments, device=999, stream=0)
 
     monkeypatch.setattr(native, "_launch", launch)
-    monkeypatch.setattr(native, "_fuses", lambda device: True)
+    monkeypatch.setattr(native, "_is_cuda", lambda device: True)
     x = torch.ones(1, 3, 4, dtype=dtype)
     with pytest.raises(RuntimeError, match=r"fused_loss on cuda:999 failed: .* \(cudaError\w+\)"):
         info_nce(x, x, backend="native")

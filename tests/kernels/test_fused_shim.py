@@ -25,7 +25,7 @@ SHAPES = [(1, 1, 1, 1), (2, 6, 11, 5), (1, 5, 5, 260), (2, 34, 37, 140)]
 def fused(shim: CudaShim, monkeypatch: pytest.MonkeyPatch) -> CudaShim:
     """The shim in place of the compiled module, and tensors on the CPU taken for tensors on a GPU."""
     monkeypatch.setattr(native, "_native", shim)
-    monkeypatch.setattr(native, "_fuses", lambda device: True)
+    monkeypatch.setattr(native, "_is_cuda", lambda device: True)
     return shim
 
 

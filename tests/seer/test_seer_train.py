@@ -16,12 +16,12 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from seer import ConceptDataset, InputError, Prototypes, SeerConfig, SeerTrainer, check_run, run_training
 from seer.arguments import parse_training_arguments
 from seer.cli import main
-from seer.config import PRESETS
+from seer.config import PRESETS, RATE_TIMES_WIDTH
 from seer.data import tokenize
 from seer.layers import find_layers, forward_states
 
@@ -336,7 +336,7 @@ def test_help_shows_every_option_with_its_default(capsys) -> None:
     for name in SeerConfig.__annotations__:
         assert name in text
     assert "Temperature of L_d. (default: 0.1, the paper's)" in text
-    assert "(default: ignore, seer's)" in text
+    assert "(default: positive, seer's)" in text
     assert "(default: 1, transformers')" in text
     assert main([]) == 0
     assert "seer train --help" in capsys.readouterr().out
@@ -346,6 +346,14 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step == 3:
             raise KeyboardInterrupt
+
+
+def test_steps_are_smaller_the_wider_the_model(flags, tmp_path) -> None:
+    """Where no learning rate is given; the run's options hold the number."""
+    run_training(parse_training_arguments([*flags, "--max_steps", "1"]))
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    width = AutoConfig.from_pretrained(config["model"]).hidden_size
+    assert config["learning_rate"] == RATE_TIMES_WIDTH / width
 
 
 def test_an_output_folder_holds_one_run_and_a_killed_one_resumes(flags, tmp_path, monkeypatch, capsys) -> None:

@@ -491,7 +491,12 @@ def test_retain_layers_must_exist(make_model, make_config, dataset, tokenizer) -
 
 def test_pairs_that_lack_a_position_are_left_out_there(make_model, make_config, dataset, tokenizer) -> None:
     config = make_config(
-        view_dropout=0.6, positions=["response_mean", "last"], lora_dropout=0.0, retain_weight=0.0, kl_weight=0.0
+        view_dropout=0.6,
+        positions=["response_mean", "last"],
+        same_label="ignore",
+        lora_dropout=0.0,
+        retain_weight=0.0,
+        kl_weight=0.0,
     )
     trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer))
     losses, lacking = [], 0
@@ -717,6 +722,7 @@ def test_a_run_with_cached_gradients_is_the_run_without(make_model, make_config,
 def test_second_texts_of_past_batches_are_further_negatives(make_model, make_config, dataset, tokenizer) -> None:
     config = make_config(
         memory_bank_size=6,
+        same_label="ignore",
         positions=["last", "response_mean"],
         target_layers=[0, 2],
         retain_weight=0.0,
