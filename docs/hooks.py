@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import os
 import re
@@ -50,16 +51,14 @@ def options_page() -> str:
     """The options of `seer train`, read out of the sources without importing them."""
     sources = {name: ast.parse((ROOT / f"seer/{name}.py").read_text(encoding="utf-8")) for name in SOURCES}
 
-    def value_of(module: str, name: str) -> Any:
-        """A constant of a module."""
-        return next(
-            ast.literal_eval(node.value)
-            for node in sources[module].body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
-        )
-
+    constants: dict[str, Any] = {}
+    for source in sources.values():
+        for node in source.body:
+            with contextlib.suppress(ValueError):  # what is no literal
+                if isinstance(node, ast.Assign):
+                    constants[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
     classes = {each.name: each for each in sources["config"].body if isinstance(each, ast.ClassDef)}
-    known = {"POSITIONS": value_of("config", "POSITIONS"), "field": dict}
+    known = {**constants, "field": dict}
     fields = {
         ast.unparse(each.target): eval(ast.unparse(each.value), known)
         for each in classes["SeerConfig"].body
@@ -70,7 +69,7 @@ def options_page() -> str:
         "Options of `seer train`, of a file of options and of `seer.SeerConfig`. Every field of "
         "`transformers.TrainingArguments` is an option too. `seer train --help` also says whose defaults these are.",
     ]
-    for title, names in value_of("arguments", "_SECTIONS").items():
+    for title, names in constants["_SECTIONS"].items():
         lines += [f"## {title[0].upper()}{title[1:]}", "| option | default | |\n| --- | --- | --- |"]
         for name in names:
             default, text = "", "As in `transformers.TrainingArguments`."
