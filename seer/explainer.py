@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -161,7 +160,7 @@ class ConceptExplainer:
     @classmethod
     def from_run(
         cls,
-        folder: str | os.PathLike[str],
+        run: str | os.PathLike[str] | Run,
         *,
         model: PreTrainedModel | None = None,
         layers: Sequence[int] | None = None,
@@ -169,16 +168,16 @@ class ConceptExplainer:
         """Load the base model, adapter, prototypes and calibration of a `seer train` run.
 
         Args:
-            folder: its --output_dir.
-            model: the base model, for a run that was given one in memory.
+            run: its --output_dir, or the run itself if it is loaded.
+            model: the base model, for a folder whose run was given one in memory.
             layers: which layers to read; default all that have prototypes.
 
         Raises:
             InputError: something is missing or does not fit; the message says what makes it.
         """
-        run = Run.load(folder, model)
+        run = run if isinstance(run, Run) else Run.load(run, model)
         prototypes = run.prototypes()
-        file = Path(folder) / CALIBRATION
+        file = run.folder / CALIBRATION
         calibration = Calibration.load(file) if file.is_file() else None
         if calibration is not None:
             calibration.require_same(prototypes, str(file))

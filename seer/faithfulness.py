@@ -47,16 +47,13 @@ def faithfulness_of_run(
     Raises:
         InputError: nothing held out, or as `measure_faithfulness`.
     """
-    import numpy as np
-
     from seer.calibration import fit_temperature
-    from seer.data import pad_token_id
+    from seer.data import evenly_spaced, pad_token_id
     from seer.interventions import measure_faithfulness
     from seer.run import make_prototypes
 
     training, held_out = run.samples_with_held_out(data)
-    picked = np.unique(np.linspace(0, len(held_out) - 1, min(texts, len(held_out))).round().astype(int))
-    rows = run.tokens([held_out.texts[index] for index in picked])
+    rows = run.tokens([held_out.texts[index] for index in evenly_spaced(len(held_out), texts)])
     layers = range(layer, len(run.stack.layers))
     training_states, held_out_states = run.encode(training.texts, layers), run.encode(held_out.texts, layers)
     results = {}

@@ -36,6 +36,8 @@ def plot_representations(
     *,
     title: str | None = None,
     method: Method = "tsne",
+    names: Sequence[str] | None = None,
+    stacked: bool = False,
 ) -> Path:
     """Draw the same N samples under the base model (left) and the adapted one (right), coloured by concept.
 
@@ -51,16 +53,21 @@ def plot_representations(
         title: line above both sides.
         method: "tsne" (neighbourhoods; van der Maaten and Hinton, 2008) or "pca" (the two directions of largest
             variance). Both give the same picture for the same input.
+        names: all concepts, whose order decides the colours; default: those that occur, sorted.
+        stacked: the base model above the adapted one, as in the figure of arXiv 2502.05242.
 
     Returns:
         The path.
 
     Raises:
-        InputError: shapes that do not fit, values that are not finite, an unknown method or ending.
+        InputError: shapes that do not fit, values that are not finite, an unknown concept, method or ending.
     """
     target = Path(path)
     sides = [_directions("before", before, len(concepts)), _directions("after", after, len(concepts))]
-    names = sorted(set(concepts))
+    names = sorted(set(concepts)) if names is None else list(names)
+    unknown = set(concepts) - set(names)
+    if unknown:
+        raise InputError(f"concepts: expected some of {names}, got {sorted(unknown)}")
     labels = np.array([names.index(concept) for concept in concepts])
     if method not in get_args(Method):
         raise InputError(f"method: expected one of {get_args(Method)}, got {method!r}")
@@ -69,17 +76,20 @@ def plot_representations(
             f"concepts: expected at most {len(CONCEPT_COLORS) * len(_MARKERS)} different names, got {len(names)}"
         )
 
-    figure = Figure(figsize=(10, 5.6), layout="constrained", facecolor="white")
+    across = max(1, (46 if stacked else 96) // (max(map(len, names)) + 4))  # names in a line of the legend
+    legend_lines = math.ceil(len(names) / min(across, 6))
+    size = (5.0, 9.2 + 0.24 * legend_lines) if stacked else (10.0, 5.6)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if target.suffix.lstrip(".") not in formats:
         raise InputError(f"path: expected a name that ends in .png, .pdf or .svg, got {target.name!r}")
-    panels: list[Axes] = list(figure.subplots(1, 2))
+    panels: list[Axes] = list(figure.subplots(2, 1) if stacked else figure.subplots(1, 2))
     for panel, heading, directions in zip(
         panels, ("Origin: the base model", "SEER: after training"), sides, strict=True
     ):
         _draw(panel, _project(directions, method), labels, names)
         panel.set_title(heading, fontsize=15, fontweight="bold", pad=26)
-        share, count = _neighbour_share(directions, labels)
+        share, count = neighbour_share(directions, labels)
         panel.text(
             *(0.5, 1.02),
             f"{share:.0%} of the {count} nearest neighbours share the concept",
@@ -93,7 +103,7 @@ def plot_representations(
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(len(names), 6),
+        ncols=min(len(names), across, 6),
         fontsize=12,
         frameon=False,
         markerscale=1.5,
@@ -103,6 +113,42 @@ def plot_representations(
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=160)
     return target
+
+
+def neighbour_share(states: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
+    """Mean share of a sample's 10 nearest neighbours (of all others, if fewer) by cosine that are of its concept.
+
+    Args:
+        states: [N, D].
+        labels: (N,) concept of each.
+
+    Returns:
+        The share, and how many neighbours were counted.
+    """
+    count = min(_NEIGHBOURS, len(labels) - 1)
+    neighbours = NearestNeighbors(n_neighbors=count).fit(normalize(states)).kneighbors(return_distance=False)
+    return float((labels[neighbours] == labels[:, None]).mean()), count
+
+
+def learning_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """Every quantity that a run logged in more than one step.
+
+    Args:
+        log_history: what `TrainerState.log_history` holds: entries with a `step` and numbers.
+
+    Returns:
+        Quantity -> concept ("" for what is not of a concept) -> step -> value.
+    """
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for entry in log_history:
+        if "train_runtime" in entry:  # the summary at the end
+            continue
+        for name, value in entry.items():
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                quantity, _, concept = name.partition("/")
+                title = f"{quantity} by concept" if concept else quantity
+                curves.setdefault(title, {}).setdefault(concept, {})[entry["step"]] = value
+    return {title: each for title, each in curves.items() if any(len(points) > 1 for points in each.values())}
 
 
 def plot_learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path | None:
@@ -115,16 +161,7 @@ def plot_learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
     Returns:
         The path, or None where nothing was logged in more than one step.
     """
-    curves: dict[str, dict[str, dict[int, float]]] = {}  # panel -> curve -> step -> value
-    for entry in log_history:
-        if "train_runtime" in entry:  # the summary at the end
-            continue
-        for name, value in entry.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                panel, _, curve = name.partition("/")
-                title = f"{panel} by concept" if curve else panel
-                curves.setdefault(title, {}).setdefault(curve, {})[entry["step"]] = value
-    panels = {title: each for title, each in curves.items() if any(len(points) > 1 for points in each.values())}
+    panels = learning_curves(log_history)
     if not panels:
         return None
 
@@ -178,13 +215,6 @@ def _project(directions: np.ndarray, method: Method) -> np.ndarray:
         projection = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
     plane: np.ndarray = projection.fit_transform(directions)
     return plane
-
-
-def _neighbour_share(directions: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
-    """Mean share of a sample's nearest neighbours that are of its concept, and how many neighbours were counted."""
-    count = min(_NEIGHBOURS, len(labels) - 1)
-    neighbours = NearestNeighbors(n_neighbors=count).fit(directions).kneighbors(return_distance=False)  # [N, count]
-    return float((labels[neighbours] == labels[:, None]).mean()), count
 
 
 def _draw(panel: Axes, plane: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
