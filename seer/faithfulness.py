@@ -23,12 +23,13 @@ does: the change (KL) of the next-token distribution, and of the concept scores 
 faithful where its own direction matters more than the random ones. RUN is the --output_dir of `seer train`.
 """
 
-_NAMES = {
+COMPARISONS = {
     "remove_kl": "concept removed: KL of the next-token distribution, nats",
     "remove_score": "concept removed: fall of its score at later layers",
     "swap_kl": "concept swapped: KL of the next-token distribution, nats",
     "swap_score": "concept swapped: rise of the other's score at later layers",
 }
+"""What `seer.interventions.Faithfulness` compares, in words."""
 
 
 def faithfulness_of_run(
@@ -134,7 +135,7 @@ def _tables(results: dict[str, Faithfulness]) -> Iterator[Table]:
     from rich.table import Table
 
     for name in results["seer"].comparisons:
-        table = Table(title=_NAMES[name], box=SIMPLE_HEAD)
+        table = Table(title=COMPARISONS[name], box=SIMPLE_HEAD)
         for column in ("model", "concept", "random", "difference", "effect size d_z"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for model, result in results.items():

@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
@@ -20,6 +21,9 @@ from sklearn.preprocessing import normalize
 from seer.colors import CONCEPT_COLORS
 from seer.errors import InputError
 from seer.files import atomic_path
+
+if TYPE_CHECKING:
+    from seer.compare import Group, Spread
 
 Method = Literal["tsne", "pca"]
 
@@ -80,9 +84,7 @@ def plot_representations(
     legend_lines = math.ceil(len(names) / min(across, 6))
     size = (5.0, 9.2 + 0.24 * legend_lines) if stacked else (10.0, 5.6)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    formats = FigureCanvasAgg(figure).get_supported_filetypes()
-    if target.suffix.lstrip(".") not in formats:
-        raise InputError(f"path: expected a name that ends in .png, .pdf or .svg, got {target.name!r}")
+    _require_format(figure, target)
     panels: list[Axes] = list(figure.subplots(2, 1) if stacked else figure.subplots(1, 2))
     for panel, heading, directions in zip(
         panels, ("Origin: the base model", "SEER: after training"), sides, strict=True
@@ -190,6 +192,120 @@ def plot_learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=110)
     return target
+
+
+def plot_by_layer(
+    layers: Mapping[int, Mapping[str, Mapping[str, float | None]]], path: str | os.PathLike[str], *, title: str
+) -> Path:
+    """Draw one measure of base model and SEER model over the layers, with 95 % intervals.
+
+    Args:
+        layers: layer -> "base" and "seer" -> `value`, `low` and `high`; None where there is none.
+        path: file to write; its ending decides the format. An existing file is replaced.
+        title: name of the measure.
+
+    Returns:
+        The path.
+    """
+    target = Path(path)
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained", facecolor="white")
+    place = figure.subplots()
+    for index, (side, label) in enumerate((("base", "base model"), ("seer", "SEER"))):
+        value, low, high = (
+            np.array([each[side][part] for each in layers.values()], dtype=float)  # None becomes NaN
+            for part in ("value", "low", "high")
+        )
+        color = CONCEPT_COLORS[index]
+        place.plot(list(layers), value, label=label, color=color, marker=_MARKERS[index], markersize=4)
+        place.fill_between(list(layers), low, high, color=color, alpha=0.2, linewidth=0)
+    place.set_title(title, fontsize=10)
+    place.set_xlabel("layer", fontsize=8)
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    place.tick_params(labelsize=8)
+    place.legend(fontsize=7, frameon=False)
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=110)
+    return target
+
+
+def plot_comparison(groups: Sequence[Group], path: str | os.PathLike[str]) -> Path:
+    """Draw what `seer compare` found: a row per group and target layer, hollow marks before and full ones after.
+
+    Args:
+        groups: of runs; standard deviations are drawn as bars.
+        path: file to write; its ending decides the format. An existing file is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: an unknown ending.
+    """
+    target = Path(path)
+    rows = [(group, layer) for group in groups for layer in group.layers]
+    figure = Figure(figsize=(12, 1.6 + 0.45 * len(rows)), layout="constrained", facecolor="white")
+    _require_format(figure, target)
+    panels: list[Axes] = list(figure.subplots(1, 3, sharey=True))
+    titles = {
+        "nearest prototype accuracy": ["nearest_prototype_accuracy"],
+        "mean cosine": ["same_concept_cosine", "different_concept_cosine"],
+    }
+    for panel, (title, measures) in zip(panels, titles.items(), strict=False):
+        for index, measure in enumerate(measures):
+            color, marker = CONCEPT_COLORS[index], _MARKERS[index]
+            name = "" if len(measures) == 1 else f"{measure.split('_')[0]} concept, "
+            for side in ("before", "after"):
+                found = [getattr(group.layers[layer], side)[measure] for group, layer in rows]
+                _draw_spreads(panel, found, color, marker, filled=side == "after", label=f"{name}{side}")
+        panel.set_title(title, fontsize=11)
+    _draw_spreads(
+        panels[2], [group.kl for group, _ in rows], CONCEPT_COLORS[0], _MARKERS[0], filled=True, label="after"
+    )
+    panels[2].set_title("KL to the base model, nats per token", fontsize=11)
+    labels = [f"{_short(group)}, layer {layer}" for group, layer in rows]
+    panels[0].set_yticks(range(len(rows)), labels, fontsize=9)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    for panel in panels:
+        panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.35 / len(rows) - 0.12), ncols=2
+        )
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip("."), dpi=130)
+    return target
+
+
+def _short(group: Group) -> str:
+    """A name for the axis: what sets the group apart, else its run."""
+    from seer.compare import name_of
+
+    options = ", ".join(f"{name} {value}" for name, value in group.options.items())
+    return f"{name_of(group)} ({options})" if 0 < len(options) <= 40 else name_of(group)
+
+
+def _draw_spreads(
+    panel: Axes, spreads: Sequence[Spread | None], color: str, marker: str, *, filled: bool, label: str
+) -> None:
+    places = [index for index, spread in enumerate(spreads) if spread is not None]
+    found = [spread for spread in spreads if spread is not None]
+    panel.errorbar(
+        [spread.mean for spread in found],
+        places,
+        xerr=[spread.deviation or 0.0 for spread in found],
+        linestyle="none",
+        color=color,
+        marker=marker,
+        markersize=7,
+        markerfacecolor=color if filled else "white",
+        label=label,
+    )
+
+
+def _require_format(figure: Figure, target: Path) -> None:
+    if target.suffix.lstrip(".") not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise InputError(f"path: expected a name that ends in .png, .pdf or .svg, got {target.name!r}")
 
 
 def _directions(argument: str, states: np.ndarray, samples: int) -> np.ndarray:
