@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,7 +276,7 @@ def _comparison(files: RunFiles, results: dict[str, Any]) -> dict[str, Any]:
     """Every pair of "base" and "seer" in the results as a row, one table per layer; the rest as facts."""
     concepts, targets = files.metrics["concepts"], [str(layer) for layer in files.metrics["target_layers"]]
     layers = results.get("layers", {})
-    others = {name: value for name, value in results.items() if name != "layers"}
+    others = {name: value for name, value in results.items() if name not in ("layers", "concepts")}
     tables = [
         _comparison_table(f"Layer {layer}", list(_pairs(values, concepts)), layer in targets or len(layers) == 1)
         for layer, values in layers.items()
@@ -351,8 +352,8 @@ def _faithfulness(files: RunFiles, results: dict[str, Any]) -> dict[str, Any]:
             [
                 [
                     label,
-                    *(cell(result["comparisons"][name][part], 4) for part in ("intervention", "control", "difference")),
-                    cell(result["comparisons"][name]["effect_size"], 2),
+                    *(cell(result["comparisons"][name][part]) for part in ("intervention", "control", "difference")),
+                    cell(result["comparisons"][name]["effect_size"]),
                 ]
                 for label, result in (("base", results["base"]), ("SEER", seer))
             ],
@@ -481,29 +482,32 @@ def _pairs_table(caption: str, name: str, values: dict[str, Any]) -> Table:
     )
 
 
-def cell(value: Any, digits: int = 3) -> str:
+def cell(value: Any) -> str:
     """A figure of a result file: a number, alone or with its interval or standard error; "-" for none."""
     if not isinstance(value, dict):
-        return number(value, digits)
-    if value["value"] is None:
-        return "-"
+        return number(value)
+    spread = [value.get(name) for name in ("standard_error", "low", "high")]
+    digits = min((_digits(part) for part in (value["value"], *spread) if part), default=3)
     shown = number(value["value"], digits)
-    if "standard_error" in value:
-        return f"{shown} ± {number(value['standard_error'], digits)}"
-    if value.get("low") is None or value.get("high") is None:
+    error, low, high = (None if part is None else number(part, digits) for part in spread)
+    if shown == "-" or (error is None and (low is None or high is None)):
         return shown
-    return f"{shown} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
+    return f"{shown} ± {error}" if error is not None else f"{shown} [{low}, {high}]"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many digits after the point, a whole or very small one as it is; "-" for none."""
+def number(value: float | None, digits: int | None = None) -> str:
+    """A number with three digits after the point, or as many as show two that count; "-" for none."""
     if value is None or value != value:
         return "-"
     if isinstance(value, int):
         return str(value)
-    if value and abs(value) < 10**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits}f}"
+    return f"{value:.{_digits(value) if digits is None else digits}f}"
+
+
+def _digits(value: float) -> int:
+    if value == 0 or not math.isfinite(value):
+        return 3
+    return min(8, max(3, 1 - math.floor(math.log10(abs(value)))))
 
 
 def run_report(argv: Sequence[str]) -> None:
