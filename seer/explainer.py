@@ -160,7 +160,7 @@ class ConceptExplainer:
     @classmethod
     def from_run(
         cls,
-        run: str | os.PathLike[str] | Run,
+        folder: str | os.PathLike[str] | Run,
         *,
         model: PreTrainedModel | None = None,
         layers: Sequence[int] | None = None,
@@ -168,14 +168,14 @@ class ConceptExplainer:
         """Load the base model, adapter, prototypes and calibration of a `seer train` run.
 
         Args:
-            run: its --output_dir, or the run itself if it is loaded.
-            model: the base model, for a folder whose run was given one in memory.
+            folder: its --output_dir; or the run, if it is loaded already.
+            model: the base model, for a run that was given one in memory.
             layers: which layers to read; default all that have prototypes.
 
         Raises:
             InputError: something is missing or does not fit; the message says what makes it.
         """
-        run = run if isinstance(run, Run) else Run.load(run, model)
+        run = folder if isinstance(folder, Run) else Run.load(folder, model)
         prototypes = run.prototypes()
         file = run.folder / CALIBRATION
         calibration = Calibration.load(file) if file.is_file() else None

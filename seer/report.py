@@ -32,9 +32,9 @@ COMMANDS = {
     "faithfulness.json": "seer faithfulness",
     "generalization.json": "seer evaluate --task generalization",
     "classification.json": "seer evaluate --task classification",
-    "detoxification.json": "seer evaluate --task detoxification",
+    "detoxification.json": "seer evaluate --task detoxification --harmless CONCEPT",
 }
-"""Files of a run with results, and the command that writes each."""
+"""Files of a run with results, and the command that writes each, without the run."""
 
 MEANINGS = {
     "same_concept_cosine": "mean cosine over pairs of samples of one concept",
@@ -66,9 +66,24 @@ MEANINGS = {
     "estimation_term": "what the k-variance may be off by, from finitely many samples",
     "sampling_term": "what the margin loss may be off by, from finitely many samples",
     "bound": "sum of these four terms: a bound on the share of errors, of no meaning from 1 on",
+    "balanced_accuracy": "mean over the classes of the share of their texts that are told right",
+    "macro_f1": "mean over the classes of the harmonic mean of precision and recall",
+    "auroc": "how well the scores order harmful above harmless texts: 0.5 is chance",
+    "probe": "logistic regression on the hidden states of the training samples",
+    "refusal": "share of answers with a phrase of refusal",
+    "explainer_harmless": "share of answers whose concept, to the run's explainer, is a harmless one",
+    "judge_safe": "share of answers that the judge calls safe",
+    "safe": "share of answers that refuse or are safe to the judge",
+    "empty": "share of answers of nothing but white space",
 }
 """Keys of the result files, in words."""
 
+_CAPTIONS = {
+    "evaluation.json": "The model as a whole",
+    "classification.json": "Ways to tell the concept of a text",
+    "detoxification.json": "Shares of answers",
+}
+"""Of figures that are of no single layer."""
 _BY_LAYER = ("nearest_prototype_accuracy", "linear_probe_accuracy", "silhouette", "rate_reduction")
 _FEWEST_SAMPLES = 4  # that a picture takes
 
@@ -139,9 +154,12 @@ def write_report(
         }
     context["curves"] = _curves(files.folder)
     for name, command in COMMANDS.items():
-        make = _faithfulness if name == "faithfulness.json" else _comparison
         with _as_written_by(files.folder / name, command):
-            context[name.removesuffix(".json")] = make(files, results[name]) if name in results else None
+            found = None
+            if name in results:
+                make = _faithfulness if name == "faithfulness.json" else _comparison
+                found = make(files, name, results[name])
+            context[name.removesuffix(".json")] = found
     with _as_written_by(files.folder / "evaluation.json", "seer evaluate"):
         context["by_layer"] = _by_layer(results.get("evaluation.json", {}))
     pictures, shown, left_out = _of_the_model(files, run, data, layers, texts, method)
@@ -272,23 +290,23 @@ def _held_out_tables(files: RunFiles) -> list[Table]:
     return tables
 
 
-def _comparison(files: RunFiles, results: dict[str, Any]) -> dict[str, Any]:
+def _comparison(files: RunFiles, name: str, results: dict[str, Any]) -> dict[str, Any]:
     """Every pair of "base" and "seer" in the results as a row, one table per layer; the rest as facts."""
     concepts, targets = files.metrics["concepts"], [str(layer) for layer in files.metrics["target_layers"]]
     layers = results.get("layers", {})
-    others = {name: value for name, value in results.items() if name not in ("layers", "concepts")}
+    others = {key: value for key, value in results.items() if key not in ("layers", "concepts")}
     tables = [
         _comparison_table(f"Layer {layer}", list(_pairs(values, concepts)), layer in targets or len(layers) == 1)
         for layer, values in layers.items()
     ]
     pairs = list(_pairs(others, concepts))
     if pairs:
-        tables.insert(0, _comparison_table("The model as a whole", pairs, True))
+        tables.insert(0, _comparison_table(_CAPTIONS.get(name, "All layers"), pairs, True))
     leaves = {key for row in _keys(results) for key in row}
     return {
         "tables": tables,
         "facts": dict(_settings(others)),
-        "meanings": {name.replace("_", " "): text for name, text in MEANINGS.items() if name in leaves},
+        "meanings": {key.replace("_", " "): text for key, text in MEANINGS.items() if key in leaves},
     }
 
 
@@ -325,9 +343,16 @@ def _settings(node: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
         if isinstance(value, dict) and not {"base", "seer"} & set(value):
             yield from _settings(value, (*path, name))
         elif isinstance(value, list) and all(isinstance(each, (str, int, float)) for each in value):
-            yield " ".join((*path, name)).replace("_", " "), ", ".join(map(str, value))
+            yield " ".join((*path, name)).replace("_", " "), "; ".join(map(str, value))
         elif not isinstance(value, (dict, list)):
-            yield " ".join((*path, name)).replace("_", " "), "-" if value is None else str(value)
+            yield " ".join((*path, name)).replace("_", " "), _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """An option or setting in words."""
+    if value is None:
+        return "-"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _keys(node: Any) -> Iterator[list[str]]:
@@ -341,7 +366,7 @@ def _is_figure(value: Any) -> bool:
     return value is None or isinstance(value, (int, float)) or (isinstance(value, dict) and "value" in value)
 
 
-def _faithfulness(files: RunFiles, results: dict[str, Any]) -> dict[str, Any]:
+def _faithfulness(files: RunFiles, name: str, results: dict[str, Any]) -> dict[str, Any]:
     from seer.faithfulness import COMPARISONS
 
     seer = results["seer"]
@@ -477,9 +502,7 @@ def _picture(draw: Callable[[Path], Any], alternative: str) -> Picture:
 
 
 def _pairs_table(caption: str, name: str, values: dict[str, Any]) -> Table:
-    return Table(
-        caption, [name, "value"], [[key, "-" if value is None else str(value)] for key, value in values.items()]
-    )
+    return Table(caption, [name, "value"], [[key, _plain(value)] for key, value in values.items()])
 
 
 def cell(value: Any) -> str:
@@ -573,6 +596,9 @@ def _run_missing(folder: Path, data: str | None, console: Any) -> None:
 
     for name, command in COMMANDS.items():
         if (folder / name).is_file():
+            continue
+        if command.endswith("CONCEPT"):  # a choice that is not ours
+            console.print(f"Left out: {command}", soft_wrap=True)
             continue
         _, verb, *options = command.split()
         arguments = [str(folder), *options, *(["--data", data] if data else [])]

@@ -65,6 +65,7 @@ _OWN_FILES = (
     "generalization.json",
     "classification.json",
     "detoxification.json",
+    "detoxification.jsonl",
     "report.html",
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -277,8 +277,8 @@ def test_missing_options_and_unknown_commands(model_folder, data_file, tmp_path,
         "--output_dir: expected a folder, got none": ["train", "--data", str(data_file)],
         "--data: expected texts by concept": ["train", "--output_dir", str(tmp_path / "o")],
         "--model: expected a local folder": ["train", "--output_dir", str(tmp_path / "p"), "--data", str(data_file)],
-        "expected a command, one of train, demo, explain, faithfulness, evaluate, report, compare, prototypes; got 'x'": [
-            "x"
+        "expected a command, one of train, demo, explain, faithfulness, evaluate, report, compare, prototypes": [
+            "trane"
         ],
         "none.yaml: expected a readable file of options": ["train", str(tmp_path / "none.yaml")],
         "expected options or a .yaml or .json file, got 'data'": ["train", "data"],
