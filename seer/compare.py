@@ -211,24 +211,24 @@ def _table(groups: list[Group]) -> Table:
     from rich.text import Text
 
     several = any(len(group.runs) > 1 for group in groups)
-    title = "held-out samples, before → after training"
+    title = "Held-out samples: before training, and below it after"
     table = Table(title=f"{title}; mean ± standard deviation over seeds" if several else title, box=SIMPLE_HEAD)
-    for column in ("run", "seed", *groups[0].options, "layer", "accuracy", "same cosine", "different cosine", "KL"):
-        left = column in ("run", *groups[0].options)
-        table.add_column(Text(column), justify="left" if left else "right", overflow="fold")
+    table.add_column("run", overflow="fold", min_width=12)
+    for column in ("accuracy", "same\nconcept\ncosine", "different\nconcept\ncosine", "KL, nats\nper token"):
+        table.add_column(column, justify="right", no_wrap=True)  # names fold, figures do not
     for group in groups:
-        start = [
-            name_of(group),
-            ", ".join(map(str, group.seeds)),
-            *(_key(value).strip('"') for value in group.options.values()),
-        ]
+        seeds = f"seed{'s' * (len(group.seeds) > 1)} {', '.join(map(str, group.seeds))}"
+        said = [name_of(group), seeds, *(f"{name} {_plain(value)}" for name, value in group.options.items())]
         for index, (layer, figures) in enumerate(group.layers.items()):
-            cells = start if index == 0 else [""] * len(start)
-            measures = (f"{_cell(figures.before[name])} → {_cell(figures.after[name])}" for name in _MEASURES)
-            kl = _cell(group.kl) if index == 0 else ""
-            row = [*cells, str(layer), *measures, kl]
-            table.add_row(*map(Text, row), end_section=layer == [*group.layers][-1])
+            measures = (f"{_cell(figures.before[name])}\n{_cell(figures.after[name])}" for name in _MEASURES)
+            kl = "" if index else f"\n{_cell(group.kl)}"
+            name = "\n".join([*([] if index else said), f"layer {layer}"])
+            table.add_row(*map(Text, (name, *measures, kl)), end_section=True)
     return table
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _cell(spread: Spread | None) -> str:

@@ -261,7 +261,7 @@ def plot_comparison(groups: Sequence[Group], path: str | os.PathLike[str]) -> Pa
     _draw_spreads(
         panels[2], [group.kl for group, _ in rows], CONCEPT_COLORS[0], _MARKERS[0], filled=True, label="after"
     )
-    panels[2].set_title("KL to the base model, nats per token", fontsize=11)
+    panels[2].set_title("KL to the base model, nats", fontsize=11)
     labels = [f"{_short(group)}, layer {layer}" for group, layer in rows]
     panels[0].set_yticks(range(len(rows)), labels, fontsize=9)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)

@@ -364,18 +364,20 @@ def test_runs_that_differ_in_the_seed_are_one_line(
     assert groups[0]["kl"] == {"mean": 0.5, "deviation": pytest.approx(0.125**0.5), "values": [0.25, 0.75]}
     assert groups[1]["layers"]["3"]["after"]["nearest_prototype_accuracy"]["deviation"] is None
     printed = capsys.readouterr().out
-    (first, other) = (line for line in printed.splitlines() if "0.500" in line)
-    assert re.split(r"\s{2,}", first.strip()) == [
-        "first + 1",
-        "0, 1",
-        "0.1",
-        "3",
-        "0.500 ± 0.000 → 0.700 ± 0.141",
-        "0.800 ± 0.000 → 0.800 ± 0.000",
-        "0.500 ± 0.000 → 0.500 ± 0.000",
-        "0.500 ± 0.354",
+    lines = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
+    first, other = (
+        next(index for index, line in enumerate(lines) if line[0] == name) for name in ("first + 1", "other")
+    )
+    assert lines[first : first + 4] == [
+        ["first + 1", "0.500 ± 0.000", "0.800 ± 0.000", "0.500 ± 0.000"],
+        ["seeds 0, 1", "0.700 ± 0.141", "0.800 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.354"],
+        ["temperature 0.1"],
+        ["layer 3"],
     ]
-    assert re.split(r"\s{2,}", other.strip())[:5] == ["other", "4", "0.5", "3", "0.500 → 0.900"]
+    assert lines[other : other + 2] == [
+        ["other", "0.500", "0.800", "0.500"],
+        ["seed 4", "0.900", "0.800", "0.500", "0.500"],
+    ]
     assert "The seeds differ between the lines" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
