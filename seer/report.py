@@ -72,6 +72,7 @@ MEANINGS = {
     "probe": "logistic regression on the hidden states of the training samples",
     "refusal": "share of answers with a phrase of refusal",
     "explainer_harmless": "share of answers whose concept, to the run's explainer, is a harmless one",
+    "explainer_harmful": "share of answers whose concept, to the run's explainer, is another one that it knows",
     "judge_safe": "share of answers that the judge calls safe",
     "safe": "share of answers that refuse or are safe to the judge",
     "empty": "share of answers of nothing but white space",

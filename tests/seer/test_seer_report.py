@@ -262,6 +262,24 @@ def test_what_is_missing_names_its_command(run_folder: Path, capsys: pytest.Capt
     assert [each[:7] for each in page.values("alt")] == ["Layer 2"]
 
 
+def test_figures_that_do_not_exist_are_dashes(run_folder: Path) -> None:
+    file = run_folder / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    nothing = dict.fromkeys(("value", "low", "high"))
+    for measures in evaluation["layers"].values():
+        measures["silhouette"] = dict.fromkeys(("base", "seer", "difference"), nothing)
+    file.write_text(json.dumps({**evaluation, "retention": None}))
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    (run_folder / "metrics.json").write_text(json.dumps({**metrics, "held_out": None}))
+    page = Page(write_report(run_folder))
+    assert "silhouette - - -" in page.section("evaluation")
+    assert "perplexity" not in page.section("evaluation")
+    assert page.section("held-out").endswith("The run held no samples out.")
+    assert "silhouette by layer, base model and SEER. layer 0: - and -; layer 1: - and -" in " ".join(
+        page.values("alt")
+    )
+
+
 def test_run_missing_runs_what_is_missing(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

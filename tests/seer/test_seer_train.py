@@ -374,9 +374,11 @@ def test_an_output_folder_holds_one_run_and_a_killed_one_resumes(flags, tmp_path
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
     (out / "notes.txt").write_text("mine")
+    (out / "evaluation.json").write_text("of the run that is replaced")
     assert main(["train", *flags, "--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no"]) == 0
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "evaluation.json").exists()
 
 
 def test_importing_seer_does_not_load_torch() -> None:
