@@ -145,15 +145,8 @@ def write_report(
         for name, command in COMMANDS.items()
         if (files.folder / name).is_file()
     }
-    with _as_written_by(files.folder / "metrics.json", "seer train"):
-        context: dict[str, Any] = {
-            "facts": _facts(files),
-            "tiles": _tiles(files, results.get("evaluation.json", {})),
-            "findings": _findings(files),
-            "held_out": _held_out_tables(files),
-            "versions": _pairs_table("Versions", "package", files.metrics["versions"]),
-        }
-    context["curves"] = _curves(files.folder)
+    evaluation = results.get("evaluation.json", {})
+    context: dict[str, Any] = {"curves": _curves(files.folder)}
     for name, command in COMMANDS.items():
         with _as_written_by(files.folder / name, command):
             found = None
@@ -162,13 +155,19 @@ def write_report(
                 found = make(files, name, results[name])
             context[name.removesuffix(".json")] = found
     with _as_written_by(files.folder / "evaluation.json", "seer evaluate"):
-        context["by_layer"] = _by_layer(results.get("evaluation.json", {}))
+        context["by_layer"] = _by_layer(evaluation)
+    with _as_written_by(files.folder / "metrics.json", "seer train"):
+        context |= {
+            "facts": _facts(files),
+            "tiles": _tiles(files, evaluation),
+            "findings": _findings(files, evaluation),
+            "held_out": _held_out_tables(files),
+            "versions": _pairs_table("Versions", "package", files.metrics["versions"]),
+        }
     pictures, shown, left_out = _of_the_model(files, run, data, layers, texts, method)
     page = template("report.html").render(
         title=f"SEER report: {files.folder.resolve().name}",
-        run_folder=str(files.folder),
         commands=_commands(files.folder),
-        meanings=MEANINGS,
         pictures=pictures,
         shown=shown,
         left_out=left_out,
@@ -225,13 +224,13 @@ def _tiles(files: RunFiles, evaluation: dict[str, Any]) -> list[dict[str, str]]:
     tiles = []
     for layer, values in _held_out_layers(files).items():
         before, after = values["before"], values["after"]
-        measured = evaluation.get("layers", {}).get(layer, {}).get("nearest_prototype_accuracy")
+        difference = _accuracy_difference(evaluation, layer)
         tiles.append(
             {
                 "name": f"nearest prototype accuracy, layer {layer}",
                 "before": number(before["nearest_prototype_accuracy"]),
                 "after": number(after["nearest_prototype_accuracy"]),
-                "note": f"difference {cell(measured['difference'])}" if measured else "",
+                "note": "" if difference is None else f"difference {cell(difference)}",
             }
         )
         tiles.append(
@@ -250,18 +249,26 @@ def _tiles(files: RunFiles, evaluation: dict[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
+def _accuracy_difference(evaluation: dict[str, Any], layer: str) -> dict[str, float] | None:
+    measured = evaluation.get("layers", {}).get(layer, {}).get("nearest_prototype_accuracy")
+    return None if measured is None else measured["difference"]
+
+
 def _gap(values: dict[str, float | None]) -> float | None:
     same, different = values["same_concept_cosine"], values["different_concept_cosine"]
     return None if same is None or different is None else same - different
 
 
-def _findings(files: RunFiles) -> list[str]:
+def _findings(files: RunFiles, evaluation: dict[str, Any]) -> list[str]:
     found = []
     for layer, values in _held_out_layers(files).items():
         before, after = (values[side]["nearest_prototype_accuracy"] for side in ("before", "after"))
         verb = "rose" if after > before else "fell" if after < before else "stayed"
         line = f"Layer {layer}: the share of held-out samples whose nearest prototype is the right one {verb}"
         line += f" at {after:.1%}." if after == before else f" from {before:.1%} to {after:.1%}."
+        difference = _accuracy_difference(evaluation, layer)
+        if after != before and difference is not None and difference["low"] <= 0 <= difference["high"]:
+            line += " The 95 % interval of the difference holds 0: it may be chance."
         gaps = _gap(values["before"]), _gap(values["after"])
         if gaps[0] is not None and gaps[1] is not None and gaps[1] > gaps[0] and after < before:
             line += " The concepts lie further apart, yet fewer samples are told right: separation alone is no gain."

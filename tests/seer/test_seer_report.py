@@ -262,6 +262,32 @@ def test_what_is_missing_names_its_command(run_folder: Path, capsys: pytest.Capt
     assert [each[:7] for each in page.values("alt")] == ["Layer 2"]
 
 
+def test_what_the_page_says_of_the_accuracy(run_folder: Path) -> None:
+    file, results = run_folder / "metrics.json", run_folder / "evaluation.json"
+    metrics, evaluation = json.loads(file.read_text()), json.loads(results.read_text())
+    sides = {
+        "before": {"same_concept_cosine": 0.8, "different_concept_cosine": 0.7, "nearest_prototype_accuracy": 0.5},
+        "after": {"same_concept_cosine": 0.9, "different_concept_cosine": 0.4, "nearest_prototype_accuracy": 0.25},
+    }
+    metrics["held_out"]["layers"] = {"2": sides}
+    file.write_text(json.dumps(metrics))
+    said = "the share of held-out samples whose nearest prototype is the right one fell from 50.0% to 25.0%."
+    caution = " The concepts lie further apart, yet fewer samples are told right: separation alone is no gain."
+    for low, high, chance in (
+        (-0.6, 0.1, " The 95 % interval of the difference holds 0: it may be chance."),
+        (-0.6, -0.1, ""),
+    ):
+        measures = evaluation["layers"]["2"]["nearest_prototype_accuracy"]
+        measures["difference"] = {"value": -0.25, "low": low, "high": high}
+        results.write_text(json.dumps(evaluation))
+        text = Page(write_report(run_folder)).text
+        assert f"Layer 2: {said}{chance}{caution}" in text
+        assert f"difference -0.250 [{low:.3f}, {high:.3f}]" in text
+        assert "0.100 → 0.500" in text  # 0.8 - 0.7 and 0.9 - 0.4
+    results.unlink()
+    assert f"Layer 2: {said}{caution}" in Page(write_report(run_folder)).text
+
+
 def test_figures_that_do_not_exist_are_dashes(run_folder: Path) -> None:
     file = run_folder / "evaluation.json"
     evaluation = json.loads(file.read_text())
