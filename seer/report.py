@@ -307,13 +307,13 @@ def _comparison(files: RunFiles, name: str, results: dict[str, Any]) -> dict[str
         _comparison_table(f"Layer {layer}", list(_pairs(values, concepts)), layer in targets or len(layers) == 1)
         for layer, values in layers.items()
     ]
-    pairs = list(_pairs(others, concepts))
+    pairs = [row for key, child in others.items() for row in _pairs(child, concepts, (key,) if _is_pair(child) else ())]
     if pairs:
         tables.insert(0, _comparison_table(_CAPTIONS.get(name, "All layers"), pairs, True))
     leaves = {key for row in _keys(results) for key in row}
     return {
         "tables": tables,
-        "facts": dict(_settings(others)),
+        "facts": {key.replace("_", " "): _fact(value) for key, value in others.items() if not list(_pairs(value, []))},
         "meanings": {key.replace("_", " "): text for key, text in MEANINGS.items() if key in leaves},
     }
 
@@ -328,7 +328,7 @@ def _pairs(node: Any, concepts: list[str], path: tuple[str, ...] = ()) -> Iterat
     """Rows name, base, SEER, difference ("" if none is given) for every figure under `node`."""
     if not isinstance(node, dict):
         return
-    if "base" not in node or "seer" not in node:
+    if not _is_pair(node):
         for name, child in node.items():
             yield from _pairs(child, concepts, (*path, name))
         return
@@ -345,15 +345,17 @@ def _sides(base: Any, seer: Any, difference: Any, concepts: list[str], path: tup
         yield from _sides(base.get(name), seer.get(name), difference.get(name), concepts, (*path, name))
 
 
-def _settings(node: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """What is neither "base" nor "seer": sizes and settings."""
-    for name, value in node.items():
-        if isinstance(value, dict) and not {"base", "seer"} & set(value):
-            yield from _settings(value, (*path, name))
-        elif isinstance(value, list) and all(isinstance(each, (str, int, float)) for each in value):
-            yield " ".join((*path, name)).replace("_", " "), "; ".join(map(str, value))
-        elif not isinstance(value, (dict, list)):
-            yield " ".join((*path, name)).replace("_", " "), _plain(value)
+def _is_pair(node: Any) -> bool:
+    return isinstance(node, dict) and {"base", "seer"} <= set(node)
+
+
+def _fact(value: Any) -> str:
+    """A setting or size, or several, in one line."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_fact(each)}" for name, each in value.items()) or "-"
+    if isinstance(value, list):
+        return "; ".join(map(_fact, value)) or "-"
+    return _plain(value)
 
 
 def _plain(value: Any) -> str:
@@ -532,7 +534,8 @@ def number(value: float | None, digits: int | None = None) -> str:
         return "-"
     if isinstance(value, int):
         return str(value)
-    return f"{value:.{_digits(value) if digits is None else digits}f}"
+    shown = f"{value:.{_digits(value) if digits is None else digits}f}"
+    return shown.removeprefix("-") if float(shown) == 0 else shown
 
 
 def _digits(value: float) -> int:

@@ -169,16 +169,15 @@ def test_results_of_any_evaluation_become_tables(whole: Page) -> None:
     section = whole.section("generalization")
     assert "0.375 0.250" in section  # held-out error, base and SEER
     assert "3912.500 ± 12.250" in section
-    assert "settings gamma - settings seed 0" in section
-    assert "settings exact no" in section
+    assert "features unit-normalised settings splits: 64; exact: no; gamma: -; seed: 0" in section
     assert "training: margin loss - -" in section
     assert "probe: macro f1 0.512 [0.462, 0.562] 0.634 [0.584, 0.684] 0.122 [0.072, 0.172]" in whole.section(
         "classification"
     )
     section = whole.section("detoxification")
     assert "finished no" in section
-    assert "shares: unsafe: refusal 0.125 [0.075, 0.175] 0.875 [0.825, 0.925]" in section
-    assert "shares: safe: refusal 0.062" in section
+    assert "unsafe: refusal 0.125 [0.075, 0.175] 0.875 [0.825, 0.925]" in section
+    assert "safe: refusal 0.062" in section
     assert "share of answers with a phrase of refusal" in section
 
 
@@ -193,7 +192,7 @@ def test_numbers_keep_what_counts() -> None:
     ]
     assert cell({"value": None, "low": None, "high": None}) == "-"
     assert cell({"value": 0.25, "low": None, "high": None}) == "0.250"
-    assert cell({"value": 9e-4, "low": -7e-6, "high": 2e-3}) == "0.0009 [-0.0000, 0.0020]"
+    assert cell({"value": 9e-4, "low": -7e-6, "high": 2e-3}) == "0.0009 [0.0000, 0.0020]"
 
 
 def test_nothing_of_the_data_becomes_markup(whole: Page) -> None:
