@@ -14,10 +14,12 @@ commands:
   explain       show the concepts in a trained model's hidden states, token by token (seer explain --help)
   faithfulness  test these explanations by interventions in the hidden states (seer faithfulness --help)
   evaluate      measure base model and trained model on held-out samples (seer evaluate --help)
+  report        write one page about a run, with pictures (seer report --help)
+  compare       set runs beside each other (seer compare --help)
   prototypes    make a run's concept prototypes anew, and calibrate them (seer prototypes --help)
 """
 
-_COMMANDS = ("train", "demo", "explain", "faithfulness", "evaluate", "prototypes")
+_COMMANDS = ("train", "demo", "explain", "faithfulness", "evaluate", "report", "compare", "prototypes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +71,14 @@ def _run(command: str, arguments: list[str]) -> None:
         from seer.evaluate import run_evaluate
 
         run_evaluate(arguments)
+    elif command == "report":
+        from seer.report import run_report
+
+        run_report(arguments)
+    elif command == "compare":
+        from seer.compare import run_compare
+
+        run_compare(arguments)
     elif command == "prototypes":
         from seer.explain import run_prototypes
 

@@ -396,6 +396,11 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return substitute
 
 
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Indices of at most `count` of `total` samples, from the first to the last and evenly between."""
+    return [*dict.fromkeys(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())]
+
+
 def warn_of_shared_texts(rows: Sequence[Tokens], training_rows: Sequence[Tokens], what: str, why: str) -> None:
     """Say how many texts are also among those that concepts are learned from."""
     training = {tuple(row.ids) for row in training_rows}

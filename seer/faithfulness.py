@@ -23,12 +23,13 @@ does: the change (KL) of the next-token distribution, and of the concept scores 
 faithful where its own direction matters more than the random ones. RUN is the --output_dir of `seer train`.
 """
 
-_NAMES = {
+COMPARISONS = {
     "remove_kl": "concept removed: KL of the next-token distribution, nats",
     "remove_score": "concept removed: fall of its score at later layers",
     "swap_kl": "concept swapped: KL of the next-token distribution, nats",
     "swap_score": "concept swapped: rise of the other's score at later layers",
 }
+"""What `seer.interventions.Faithfulness` compares, in words."""
 
 
 def faithfulness_of_run(
@@ -47,16 +48,13 @@ def faithfulness_of_run(
     Raises:
         InputError: nothing held out, or as `measure_faithfulness`.
     """
-    import numpy as np
-
     from seer.calibration import fit_temperature
-    from seer.data import pad_token_id
+    from seer.data import evenly_spaced, pad_token_id
     from seer.interventions import measure_faithfulness
     from seer.run import make_prototypes
 
     training, held_out = run.samples_with_held_out(data)
-    picked = np.unique(np.linspace(0, len(held_out) - 1, min(texts, len(held_out))).round().astype(int))
-    rows = run.tokens([held_out.texts[index] for index in picked])
+    rows = run.tokens([held_out.texts[index] for index in evenly_spaced(len(held_out), texts)])
     layers = range(layer, len(run.stack.layers))
     training_states, held_out_states = run.encode(training.texts, layers), run.encode(held_out.texts, layers)
     results = {}
@@ -137,7 +135,7 @@ def _tables(results: dict[str, Faithfulness]) -> Iterator[Table]:
     from rich.table import Table
 
     for name in results["seer"].comparisons:
-        table = Table(title=_NAMES[name], box=SIMPLE_HEAD)
+        table = Table(title=COMPARISONS[name], box=SIMPLE_HEAD)
         for column in ("model", "concept", "random", "difference", "effect size d_z"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for model, result in results.items():

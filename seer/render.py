@@ -6,11 +6,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
@@ -141,14 +140,9 @@ def write_page(
         title: of the page.
         calibration: of the scores, if they have one.
     """
-    # Everything that is put in is escaped: no text of a model can become markup.
-    template = Environment(autoescape=True, finalize=_without_control_characters).from_string(
-        files("seer").joinpath("explanation_page.html").read_text(encoding="utf-8")
-    )
-    concepts = next(iter(explanations[0].layers.values())).concepts
     kind = "generated" if explanations[0].prompt is not None else "given"
     overhead = sum(explanation.overhead for explanation in explanations) / len(explanations)
-    page = template.render(
+    page = template("explanation_page.html").render(
         title=title,
         about=(
             f"{len(explanations)} {kind} text{'s' * (len(explanations) != 1)}. Every token's scores were read from the "
@@ -156,16 +150,54 @@ def write_page(
             f"{'produced' if kind == 'generated' else 'read'} it; reading them took {overhead:.1%} of the time of the "
             "passes."
         ),
-        concepts=concepts,
-        letters={concept: _letter(number) for number, concept in enumerate(concepts)},
-        colors=CONCEPT_COLORS,
-        steps=[_step(number) for number in range(_STEPS + 1)],
-        calibration=None if calibration is None else _calibration_rows(calibration, explanations[0]),
-        items=[
-            _page_item(explanation, heading, index < _OPEN_TABLES)
+        shown=shown(explanations, headings, calibration),
+    )
+    write_html(page, path)
+
+
+def shown(
+    explanations: Sequence[Explanation],
+    headings: Sequence[str],
+    calibration: Calibration | None,
+    *,
+    unfold: int = _OPEN_TABLES,
+) -> dict[str, Any]:
+    """What the macros of `explanations.html` show; arguments as for `write_page`.
+
+    Args:
+        explanations: N >= 1.
+        headings: N.
+        calibration: or None.
+        unfold: so many texts have their tables open.
+    """
+    concepts = next(iter(explanations[0].layers.values())).concepts
+    return {
+        "concepts": concepts,
+        "letters": {concept: _letter(number) for number, concept in enumerate(concepts)},
+        "colors": CONCEPT_COLORS,
+        "steps": [_step(number) for number in range(_STEPS + 1)],
+        "calibration": None if calibration is None else _calibration_rows(calibration, explanations[0]),
+        "texts": [
+            _page_item(explanation, heading, index < unfold)
             for index, (explanation, heading) in enumerate(zip(explanations, headings, strict=True))
         ],
+    }
+
+
+def template(name: str) -> Template:
+    """A template of a page. Everything that is put in is escaped: no text of a model or of data can become markup."""
+    environment = Environment(
+        loader=PackageLoader("seer"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_without_control_characters,
     )
+    return environment.get_template(name)
+
+
+def write_html(page: str, path: str | os.PathLike[str]) -> None:
+    """Write a page as UTF-8, whole or not at all; lone surrogates, which UTF-8 has no bytes for, as escapes."""
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 

@@ -21,6 +21,7 @@ from seer.errors import InputError
 from seer.evaluation import Encoding, encode
 from seer.layers import BaseModel, LayerStack, find_layers, without_dropout
 from seer.prototypes import Prototypes, fingerprint
+from seer.run_files import require_files
 from seer.train import load_model
 
 PROTOTYPES = "prototypes.safetensors"
@@ -55,12 +56,12 @@ class Run:
             InputError: the folder holds no finished run, or its base model is not the adapter's.
         """
         path = Path(folder)
-        _require_files(path, "config.yaml")
+        require_files(path, "config.yaml")
         config = _read_config(path)
         whole = config.adapter == "none"
-        _require_files(path, "config.json" if whole else "adapter_config.json", "tokenizer_config.json")
+        require_files(path, "config.json" if whole else "adapter_config.json", "tokenizer_config.json")
         if not whole:
-            _require_files(path, "adapter_model.safetensors")
+            require_files(path, "adapter_model.safetensors")
         trained: PreTrainedModel | PeftModel
         try:
             base = load_model(config)[0] if model is None else model
@@ -209,12 +210,6 @@ def check_prototypes(prototypes: Prototypes, stack: LayerStack, source: str) -> 
                 f"{source}: expected prototypes of {len(prototypes.concepts)} concepts for hidden size {size}, got "
                 f"shape {tuple(rows.shape)} at layer {layer}: they are of another model"
             )
-
-
-def _require_files(folder: Path, *names: str) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: expected the folder of a finished seer train run, got one without {name}")
 
 
 def _read_config(folder: Path) -> SeerConfig:

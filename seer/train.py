@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from seer.calibration import CALIBRATION, Calibration
@@ -41,9 +43,9 @@ from seer.data import ConceptDataset, TextDataset
 from seer.dry_run import MemoryEstimate, dry_run
 from seer.errors import InputError, RunStopped
 from seer.files import atomic_path
+from seer.model_card import model_card
 from seer.plots import plot_learning_curves
 from seer.prototypes import Prototypes, fingerprint
-from seer.report import model_card
 from seer.trainer import Measurement, SeerTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,17 @@ _OWN_FILES = (
     "learning_curves.png",
     "config.yaml",
     "metrics.json",
+    TRAINER_STATE_NAME,
     "prototypes.safetensors",
     CALIBRATION,
+    # What the other commands make of a run is of no other.
+    "evaluation.json",
+    "faithfulness.json",
+    "generalization.json",
+    "classification.json",
+    "detoxification.json",
+    "detoxification.jsonl",
+    "report.html",
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
@@ -78,7 +89,8 @@ class TrainingResult:
     concepts: list[str]
     """The N concept names of those samples."""
     output_dir: str
-    """Folder with the adapter, prototypes.safetensors, config.yaml, metrics.json, learning_curves.png and README.md."""
+    """Folder with the adapter, prototypes.safetensors, config.yaml, metrics.json, trainer_state.json,
+    learning_curves.png and README.md."""
 
 
 def run_training(
@@ -134,6 +146,7 @@ def run_training(
         if measurement is not None:
             Console().print(_table(measurement, len(held_out or ())))
         Console().print(f"Adapter, prototypes, config and metrics are in {output_dir}", soft_wrap=True)
+        Console().print(f"All of it on one page, with pictures: seer report {quote(str(output_dir))}", soft_wrap=True)
 
     encoding = None if measurement is None else measurement.encoding
     return TrainingResult(
@@ -313,6 +326,8 @@ def _write_results(
         replace(calibration, weights=weights).save(output_dir / CALIBRATION)
     with atomic_path(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(output_dir / TRAINER_STATE_NAME) as temporary:
+        trainer.state.save_to_json(str(temporary))
     curves = plot_learning_curves(trainer.state.log_history, output_dir / "learning_curves.png")
     counts = dict(zip(training.names, training.memberships.sum(0).tolist(), strict=True))
     pictures = [] if curves is None else [curves.name]

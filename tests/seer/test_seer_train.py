@@ -277,7 +277,9 @@ def test_missing_options_and_unknown_commands(model_folder, data_file, tmp_path,
         "--output_dir: expected a folder, got none": ["train", "--data", str(data_file)],
         "--data: expected texts by concept": ["train", "--output_dir", str(tmp_path / "o")],
         "--model: expected a local folder": ["train", "--output_dir", str(tmp_path / "p"), "--data", str(data_file)],
-        "expected a command, one of train, demo, explain, faithfulness, evaluate, prototypes; got 'trane'": ["trane"],
+        "expected a command, one of train, demo, explain, faithfulness, evaluate, report, compare, prototypes": [
+            "trane"
+        ],
         "none.yaml: expected a readable file of options": ["train", str(tmp_path / "none.yaml")],
         "expected options or a .yaml or .json file, got 'data'": ["train", "data"],
     }
@@ -380,9 +382,11 @@ def test_an_output_folder_holds_one_run_and_a_killed_one_resumes(flags, tmp_path
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
     (out / "notes.txt").write_text("mine")
+    (out / "evaluation.json").write_text("of the run that is replaced")
     assert main(["train", *flags, "--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no"]) == 0
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "evaluation.json").exists()
 
 
 def test_importing_seer_does_not_load_torch() -> None:
