@@ -54,6 +54,7 @@ _SECTIONS = {
         "balance",
         "view_dropout",
         "train_sampling_strategy",
+        "packing",
         "gradient_accumulation_steps",
         "per_device_eval_batch_size",
     ),

@@ -290,6 +290,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "of so many. Default: all at once."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Let short texts share a row of a batch, each blind to the others: the same loss with hardly any "
+            "padding."
+        },
+    )
     cache_reference: bool = field(
         default=False,
         metadata={

@@ -166,7 +166,8 @@ class Objective:
             before_head = None
             if with_retain or with_kl:  # first, while no graph takes up memory
                 before, before_head = self._reference(model, inputs, retain_ids, retain, head_at[retain])
-            states = forward_states(model, inputs, self.stack, head_at if with_kl else None)
+            read_at = head_at if with_kl else None
+            states = forward_states(model, inputs, self.stack, read_at, packed=config.packing)
             found = representations(
                 [states.layers[layer][targets] for layer in self.target_layers],
                 mask[targets],
@@ -194,7 +195,8 @@ class Objective:
         """What L_r compares, and what the head reads at the chosen tokens, of the base model at the retain rows."""
         if self.cache is None or ids is None:
             rows = {name: values[retain] for name, values in inputs.items()}
-            hidden = self.base.forward_states(model, rows, head_at if self.config.uses("kl") else None)
+            read_at = head_at if self.config.uses("kl") else None
+            hidden = self.base.forward_states(model, rows, read_at, packed=self.config.packing)
             return self._compared(hidden), hidden.head_inputs
         states = self.cache.read(ids, inputs["attention_mask"][retain].bool())
         return states, states.pop()[head_at] if self.config.uses("kl") else None

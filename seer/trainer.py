@@ -30,7 +30,16 @@ from seer.config import SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
-from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head, without_dropout
+from seer.layers import (
+    BaseModel,
+    Head,
+    check_packing,
+    compile_layers,
+    find_layers,
+    freeze_copy,
+    lm_head,
+    without_dropout,
+)
 from seer.objective import Objective
 from seer.prototypes import Prototypes
 from seer.reference_cache import ReferenceCache
@@ -174,6 +183,8 @@ class SeerTrainer(CheckpointingTrainer):
             )
         if args.uses("kl"):
             Head(self.stack).check(self.stack)
+        if args.packing:
+            check_packing(self.stack)
         if args.torch_compile:
             compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
