@@ -279,8 +279,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     memory_bank_size: int | None = field(
         default=None,
         metadata={
-            "help": "Second texts of past batches that L_d keeps as further negatives, for info_nce. A run that is "
-            "resumed begins with none."
+            "help": "Second texts of past batches that L_d keeps as further negatives, for info_nce. Default: none."
         },
     )
     grad_cache_chunk: int | None = field(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seer.config import SeerConfig
+from seer.errors import InputError
 from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, has_positions, representations
 from seer.losses import disentangle_loss, kl_to_base, retain_norms, retain_transport
 from seer.reference_cache import ReferenceCache
@@ -289,8 +290,21 @@ class Objective:
             return None
         rows = view2.detach().permute(2, 0, 1, 3)  # [B, P, L, D]
         if self.bank is None:
-            features = rows[0].numel()
-            self.bank = MemoryBank(self.config.memory_bank_size, features=features, dtype=rows.dtype).to(rows.device)
+            self.bank = self._empty_bank(rows.flatten(1))
+        if self.bank.keys.shape[1] != rows[0].numel():
+            raise InputError(
+                f"--positions: expected those of the checkpoint, whose memory bank has keys of "
+                f"{self.bank.keys.shape[1]} numbers; got {self.config.positions}, which make {rows[0].numel()}"
+            )
         keys, labels = self.bank(rows.flatten(1), concept_ids)
         assert labels is not None
         return keys.view(-1, *rows.shape[1:]).permute(1, 2, 0, 3), labels
+
+    def fill_bank(self, keys: Tensor, labels: Tensor) -> None:
+        """Begin with the keys [M, P x L x D] of another memory bank, oldest first, and their concepts (M,)."""
+        self.bank = self._empty_bank(keys)
+        self.bank.enqueue(keys, labels)
+
+    def _empty_bank(self, keys: Tensor) -> MemoryBank:
+        assert self.config.memory_bank_size is not None
+        return MemoryBank(self.config.memory_bank_size, features=keys.shape[1], dtype=keys.dtype).to(keys.device)

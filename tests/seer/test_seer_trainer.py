@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DECODERS, SIZES
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, TrainerCallback
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
@@ -354,6 +354,58 @@ def test_held_out_concepts_must_be_those_of_training(make_model, make_config, da
         InputError, match=r"expected the concepts \['animal', 'fruit', 'metal'\] .* got \['animal', 'pl"
     ):
         trainer.measure(other)
+
+
+class Resized(nn.Module):
+    """A decoder layer that hands on states of another size than it works with."""
+
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, states: Tensor, **inputs) -> Tensor:
+        states = self.layer(nn.functional.pad(states, (0, 32 - states.shape[-1])), **inputs)
+        return nn.functional.pad(states, (0, self.size - states.shape[-1]))
+
+
+def test_layers_of_different_sizes(make_model, make_config, dataset, tokenizer) -> None:
+    """Are trained where nothing compares them with each other, and refused before any weight moved where it does."""
+
+    def trainer(**options) -> SeerTrainer:
+        model = make_model("llama")
+        model.model.layers[0] = Resized(model.model.layers[0], 16)
+        config = make_config(max_steps=2, logging_steps=1, learning_rate=1e-2, **options)
+        return SeerTrainer(model, config, dataset, tokenizer, eval_dataset=dataset)
+
+    narrow = trainer(target_layers=[0], packing=True)
+    narrow.train()
+    assert narrow.state.log_history[1]["L_r"] > 0
+    assert narrow.measure().encoding.after[0].shape == (18, 16)
+    for options, message in (
+        ({"target_layers": [0, 1]}, r"--target_layers: expected layers of one hidden size, got sizes \[16, 32\]"),
+        ({"retain_loss": "sinkhorn"}, r"--retain_layers: expected layers of one hidden size .* got sizes \[16, 32\]"),
+        ({"cache_reference": True}, r"--cache_reference: expected hidden states of one size, got sizes \[16, 32\]"),
+    ):
+        refused = trainer(**options)
+        with pytest.raises(InputError, match=message):
+            refused.train()
+        assert refused.state.global_step == 0
+
+
+def test_an_epoch_without_a_whole_batch_is_refused(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(per_device_train_batch_size=19, dataloader_drop_last=True)
+    with pytest.raises(
+        InputError, match=r"--dataloader_drop_last: expected false where a step takes 19 pairs and .* 18"
+    ):
+        SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+
+
+def test_sharding_that_would_be_left_out_is_said(make_model, make_config, dataset, tokenizer, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        InputError, match=r"accelerate launch: expected GPUs for FSDP, which accelerate would leave out"
+    ):
+        SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
 
 
 def test_separation_is_that_of_all_pairs() -> None:
