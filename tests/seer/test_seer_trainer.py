@@ -394,17 +394,13 @@ def test_layers_of_different_sizes(make_model, make_config, dataset, tokenizer) 
 
 def test_an_epoch_without_a_whole_batch_is_refused(make_model, make_config, dataset, tokenizer) -> None:
     config = make_config(per_device_train_batch_size=19, dataloader_drop_last=True)
-    with pytest.raises(
-        InputError, match=r"--dataloader_drop_last: expected false where a step takes 19 pairs and .* 18"
-    ):
+    with pytest.raises(InputError, match=r"--dataloader_drop_last: expected false where a step takes 19 pairs"):
         SeerTrainer(make_model("llama"), config, dataset, tokenizer)
 
 
 def test_sharding_that_would_be_left_out_is_said(make_model, make_config, dataset, tokenizer, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(
-        InputError, match=r"accelerate launch: expected GPUs for FSDP, which accelerate would leave out"
-    ):
+    with pytest.raises(InputError, match="accelerate launch: expected GPUs for FSDP"):
         SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
 
 
