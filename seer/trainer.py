@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from seer.calibration import Calibration, calibrate
 from seer.checkpoints import CheckpointingTrainer, digest
@@ -192,7 +192,8 @@ class SeerTrainer(CheckpointingTrainer):
                 "--grad_cache_chunk: expected none with FSDP or DeepSpeed, which reduce gradients in every backward "
                 f"pass; got {args.grad_cache_chunk}"
             )
-        if is_deepspeed_zero3_enabled():
+        self.in_shards_already: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+        if self.in_shards_already:
             _require_no_early_pass(args)
         else:
             self.check_model()
@@ -234,7 +235,8 @@ class SeerTrainer(CheckpointingTrainer):
     def load_own_state(self, checkpoint: Path) -> None:
         file = self._bank_file(checkpoint)
         if self.args.memory_bank_size is not None and file.exists():
-            self.objective.fill_bank(**load_file(file, device=str(self.args.device)))
+            bank = load_file(file)
+            self.objective.fill_bank(bank["keys"].to(self.args.device), bank["labels"].to(self.args.device))
 
     def _bank_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"memory_bank_{self.args.process_index}.safetensors"
@@ -499,7 +501,7 @@ class _FirstPassWithAdapter(TrainerCallback):
             one_token = torch.ones(1, 1, dtype=torch.int64, device=args.device)
             with torch.no_grad(), without_dropout(model):
                 model(input_ids=one_token, attention_mask=one_token)
-        elif is_deepspeed_zero3_enabled():
+        elif self.trainer.in_shards_already:
             self.trainer.check_model()
 
 
