@@ -373,7 +373,8 @@ def test_layers_of_different_sizes(make_model, make_config, dataset, tokenizer) 
 
     def trainer(**options) -> SeerTrainer:
         model = make_model("llama")
-        model.model.layers[0] = Resized(model.model.layers[0], 16)
+        for index, size in ((0, 16), (1, 32)):
+            model.model.layers[index] = Resized(model.model.layers[index], size)
         config = make_config(max_steps=2, logging_steps=1, learning_rate=1e-2, **options)
         return SeerTrainer(model, config, dataset, tokenizer, eval_dataset=dataset)
 
