@@ -83,7 +83,8 @@ _SECTIONS = {
         "packing",
         "cache_reference",
         "grad_cache_chunk",
-        "gradient_checkpointing",
+        # transformers renamed it
+        "activation_checkpointing" if hasattr(SeerConfig, "activation_checkpointing") else "gradient_checkpointing",
         "bf16",
         "torch_compile",
     ),
