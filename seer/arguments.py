@@ -32,6 +32,8 @@ Writes the adapter, the concept prototypes, the options and a table of held-out 
 The data has one text per row: a request (prompt), its response, and the concept it belongs to. Training draws pairs of
 one concept and pulls their last hidden states together at the target layers (L_d), with two terms that hold the model
 where it was: its hidden states (L_r) and its next-token distribution (L_kl).
+
+A switch such as --packing may be followed by true or false; N is a whole number, X any number.
 """
 
 _SECTIONS = {
@@ -76,8 +78,15 @@ _SECTIONS = {
         "kl_form",
         "kl_weight",
         "kl_weight_end",
+    ),
+    "time and memory": (
+        "packing",
         "cache_reference",
         "grad_cache_chunk",
+        # transformers renamed it
+        "activation_checkpointing" if hasattr(SeerConfig, "activation_checkpointing") else "gradient_checkpointing",
+        "bf16",
+        "torch_compile",
     ),
     "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (
@@ -86,7 +95,6 @@ _SECTIONS = {
         "learning_rate",
         "lr_scheduler_type",
         "weight_decay",
-        "bf16",
         "seed",
     ),
     "progress": (
@@ -153,7 +161,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = action.option_strings[0]
-        values = "" if action.nargs == "?" else self._format_args(action, action.dest.upper().rsplit("_", 1)[-1])
+        name = "N" if action.type is int else "X" if action.type is float else action.dest.upper().rsplit("_", 1)[-1]
+        values = "" if action.nargs == "?" else self._format_args(action, name)
         return f"{flag} {values}".rstrip()
 
 

@@ -87,6 +87,12 @@ class CheckpointingTrainer(Trainer):
         """A name for each set of rows that batches are made of."""
         raise NotImplementedError
 
+    def save_own_state(self, checkpoint: Path) -> None:
+        """Write what this process must know to go on, beside what the Trainer writes."""
+
+    def load_own_state(self, checkpoint: Path) -> None:
+        """Read it again."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train; see `transformers.Trainer.train`.
 
@@ -98,6 +104,7 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
         if resume_from_checkpoint:
             self.require_same_run(str(resume_from_checkpoint))
+            self.load_own_state(Path(str(resume_from_checkpoint)))
             self.last_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *arguments, **options)
 
@@ -185,6 +192,7 @@ class CheckpointingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self._unfinished = unfinished
             super()._save_checkpoint(model, trial)
+            self.save_own_state(unfinished / target.name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._finish(unfinished / target.name, target)

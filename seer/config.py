@@ -26,6 +26,7 @@ Quantization = Literal["none", "4bit", "8bit"]
 Negatives = Literal["local", "gather", "ring"]
 Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
+SamplingStrategy = Literal["random", "group_by_length"]
 
 
 RATE_TIMES_WIDTH = 0.5
@@ -41,6 +42,7 @@ _CHOICES = {
     "kl_form": get_args(KLForm),
     "balance": get_args(Balance),
     "truncation": get_args(Truncation),
+    "train_sampling_strategy": get_args(SamplingStrategy),
     "preset": get_args(Preset),
     "adapter": get_args(Adapter),
     "negatives": get_args(Negatives),
@@ -123,14 +125,18 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "paper's code."
         },
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for everything that the run writes."})
-    model: str | None = field(default=None, metadata={"help": "Model to train: a local folder or a name on the Hub."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Required. Folder for everything that the run writes."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Required. Model to train: a local folder or a name on the Hub."}
+    )
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Texts labelled by concept, with columns prompt, response and concept: a .csv or .jsonl file, or "
-            "the name of a data set on the Hub (its split 'train' is used). A text of several concepts has 'a|b' in a "
-            ".csv file, a list elsewhere; any shared one makes a pair."
+            "help": "Required. Texts labelled by concept, with columns prompt, response and concept: a .csv or .jsonl "
+            "file, or the name of a data set on the Hub (its split 'train' is used). A text of several concepts has "
+            "'a|b' in a .csv file, a list elsewhere; any shared one makes a pair."
         },
     )
     retain_data: str | None = field(
@@ -175,6 +181,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         metadata={
             "help": "How often a concept is drawn: 'frequency', by its number of samples, or 'balanced', as often as "
             "any other."
+        },
+    )
+
+    train_sampling_strategy: SamplingStrategy = field(
+        default="random",
+        metadata={
+            "help": "Which pairs share a batch: 'random', or 'group_by_length', those of similar length: less padding."
         },
     )
 
@@ -282,8 +295,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     memory_bank_size: int | None = field(
         default=None,
         metadata={
-            "help": "Second texts of past batches that L_d keeps as further negatives, for info_nce. A run that is "
-            "resumed begins with none."
+            "help": "Second texts of past batches that L_d keeps as further negatives, for info_nce. Default: none."
         },
     )
     grad_cache_chunk: int | None = field(
@@ -291,6 +303,14 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         metadata={
             "help": "Texts that pass the model at a time, each twice: the gradient of the whole batch with the memory "
             "of so many. Default: all at once."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Let short texts share a row of a batch, each blind to the others: the same loss, little padding. "
+            "Measured on a small Llama, 400 chats and a CPU: steps 1.5 times as fast (54 of 100 tokens were padding), "
+            "1.07 times with batches of similar length (28)."
         },
     )
     cache_reference: bool = field(
@@ -379,9 +399,6 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             _check(getattr(self, name) >= 1, name, "a whole number >= 1", getattr(self, name))
         if self.concepts_per_batch is not None:
             _check(self.concepts_per_batch >= 1, "concepts_per_batch", "a whole number >= 1", self.concepts_per_batch)
-        strategies = ("random", "group_by_length")
-        strategy = self.train_sampling_strategy
-        _check(strategy in strategies, "train_sampling_strategy", f"one of {strategies}", strategy)
         for name, choices in _CHOICES.items():
             _check(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         for name in ("target_layers", "retain_layers"):

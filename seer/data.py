@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 from jinja2 import TemplateError
@@ -338,6 +339,10 @@ class Tokens(NamedTuple):
     response, so that the last of them is where the model would begin to answer. 0 in plain text."""
 
 
+_REMARKED_UPON: WeakSet[PreTrainedTokenizerBase] = WeakSet()
+"""Tokenizers whose lack of a chat template was said: once, however many data sets they read."""
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, truncation: str = "end"
 ) -> list[Tokens]:
@@ -357,7 +362,9 @@ def tokenize(
         InputError: the chat template refuses a text, a text has no token, or `max_length` has no room for the template;
             names the source of the text. With "refuse", also a text that is too long.
     """
-    if tokenizer.chat_template is None and any(text.response is not None for text in texts):
+    plain = tokenizer.chat_template is None and any(text.response is not None for text in texts)
+    if plain and tokenizer not in _REMARKED_UPON:
+        _REMARKED_UPON.add(tokenizer)
         logger.warning("The tokenizer has no chat template: request and response are joined by an empty line.")
     silent = sum(text.response is not None and not text.response.strip() for text in texts)
     if silent:

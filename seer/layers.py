@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from seer.errors import InputError
+from seer.packing import Packing
 
 _PAPER_DEPTH = (25, 32)  # the paper's target layer is 25 of 32
 
@@ -181,7 +182,12 @@ class Head:
 
 
 def forward_states(
-    model: nn.Module, inputs: Mapping[str, Tensor], stack: LayerStack, head_at: Tensor | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    stack: LayerStack,
+    head_at: Tensor | None = None,
+    *,
+    packed: bool = False,
 ) -> HiddenStates:
     """Run `model` once and return its hidden states.
 
@@ -191,11 +197,17 @@ def forward_states(
         stack: its layers.
         head_at: (R, T) bool, the tokens at which the input of the head is wanted. The head itself does not run: at
             128k tokens of vocabulary its output is larger than all states together.
+        packed: let short texts share a row; the states are those of padded texts, but 0 at padding. `inputs` are then
+            `input_ids` and `attention_mask` alone. For models that `check_packing` lets pass.
     """
     captured: dict[int, Tensor] = {}
     embeddings: list[Tensor] = []
     head_inputs: list[Tensor] = []
-    rows = inputs["attention_mask"].shape
+    packing = Packing.of(inputs["attention_mask"], stack.root) if packed else None
+    expected = inputs["attention_mask"].shape if packing is None else packing.position_ids.shape
+
+    def padded(states: Tensor) -> Tensor:
+        return states if packing is None else packing.unpack(states)
 
     def on_first_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeddings.append(args[0] if args else kwargs["hidden_states"])
@@ -208,7 +220,7 @@ def forward_states(
 
     def on_head_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if head_at is not None:
-            head_inputs.append(args[0][head_at])
+            head_inputs.append(padded(args[0])[head_at])
         return (args[0][:0], *args[1:])
 
     def on_output(*_: Any) -> Tensor:
@@ -223,16 +235,43 @@ def forward_states(
         if head is not None:
             hooks.callback(head.register_forward_pre_hook(on_head_input).remove)
         hooks.callback(stack.root.register_forward_hook(on_output).remove)
-        model(**inputs)
+        model(**(inputs if packing is None else packing.inputs(inputs["input_ids"])))
 
     layers = [captured[index] for index in range(len(stack.layers))]
     for index, states in enumerate(layers):
-        if states.shape[:2] != rows:
+        if states.shape[:2] != expected:
             raise RuntimeError(
                 f"layer {index} of {stack.path} gave states of shape {tuple(states.shape)}; expected (rows, tokens, "
-                f"features) with rows and tokens {tuple(rows)}"
+                f"features) with rows and tokens {tuple(expected)}"
             )
-    return HiddenStates(embeddings[0], layers, head_inputs[0] if head_inputs else None)
+    return HiddenStates(padded(embeddings[0]), [*map(padded, layers)], head_inputs[0] if head_inputs else None)
+
+
+@torch.no_grad()
+def check_packing(stack: LayerStack) -> None:
+    """Raise InputError unless packed texts have the states of padded ones; costs two passes of ten tokens."""
+    name = type(stack.root).__name__
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [3]])).long().to(next(stack.root.parameters()).device)
+    inputs = {"input_ids": (mask.cumsum(1) + mask.cumsum(0)) * mask, "attention_mask": mask}
+    attention = stack.root.config._attn_implementation
+    problem = "its layers mix the texts of a row"
+    with without_dropout(stack.root):
+        alone = forward_states(stack.root, inputs, stack).layers
+        try:
+            together = forward_states(stack.root, inputs, stack, packed=True).layers
+            limit = torch.finfo(alone[0].dtype).eps ** 0.5
+            for one, other in zip(together, alone, strict=True):
+                change = (one - other).norm(dim=-1) / other.norm(dim=-1)
+                if not (change[mask.bool()] < limit).all():
+                    break
+            else:
+                return
+        except Exception as failure:  # a model that takes no position ids may fail anywhere
+            problem = f"{type(failure).__name__}: {failure}"
+    raise InputError(
+        f"--packing: expected false for {name} with attention {attention!r}, whose packed texts do not have the hidden "
+        f"states of padded ones ({problem})"
+    )
 
 
 def representations(
@@ -309,20 +348,20 @@ class BaseModel:
 
     @torch.no_grad()
     def forward_states(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], head_at: Tensor | None = None
+        self, model: nn.Module, inputs: Mapping[str, Tensor], head_at: Tensor | None = None, *, packed: bool = False
     ) -> HiddenStates:
         """`forward_states` of the base model, without dropout.
 
         Args:
             model: the model in training, in whatever wrapping.
-            inputs, head_at: as in `forward_states`.
+            inputs, head_at, packed: as in `forward_states`.
         """
         if self.copy is not None:
             copy = self.copy.root.to(inputs["attention_mask"].device)  # type: ignore[arg-type]
-            return forward_states(copy, inputs, self.copy, head_at)
+            return forward_states(copy, inputs, self.copy, head_at, packed=packed)
         adapter = next(part for part in model.modules() if isinstance(part, PeftModel))
         with without_dropout(model), adapter.disable_adapter():
-            return forward_states(model, inputs, self.stack, head_at)
+            return forward_states(model, inputs, self.stack, head_at, packed=packed)
 
 
 def freeze_copy(stack: LayerStack) -> LayerStack:

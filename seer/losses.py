@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 import seer_kernels
+from seer.errors import InputError
 from seer.shared_concepts import info_nce_of_sets
 from seer_kernels import ContrastiveStatistics, ot_contrastive, sinkhorn_divergence
 
@@ -129,7 +130,15 @@ def retain_transport(adapted: Sequence[Tensor], reference: Sequence[Tensor], mas
 
     Returns:
         (B,), the mean over layers; float32 (float64 for float64 states).
+
+    Raises:
+        InputError: the layers have different sizes.
     """
+    sizes = sorted({part.shape[-1] for part in adapted})
+    if len(sizes) > 1:
+        raise InputError(
+            f"--retain_layers: expected layers of one hidden size for --retain_loss sinkhorn, got sizes {sizes}"
+        )
     lengths = mask.sum(-1)
     front = (~mask).int().argsort(dim=-1, stable=True)  # [B, T]: real tokens first, in their order
     row = torch.arange(len(mask), device=mask.device).unsqueeze(1)
@@ -173,6 +182,7 @@ def kl_to_base(
             None if labels is None else labels[start : start + rows],
             use_reentrant=False,
             preserve_rng_state=False,
+            determinism_check="none",  # ZeRO-3 puts weights into place and takes them away again in between
         )
         for start in starts
     ]

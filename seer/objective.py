@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seer.config import SeerConfig
+from seer.errors import InputError
 from seer.layers import BaseModel, Head, HiddenStates, LayerStack, forward_states, has_positions, representations
 from seer.losses import disentangle_loss, kl_to_base, retain_norms, retain_transport
 from seer.reference_cache import ReferenceCache
@@ -166,7 +167,8 @@ class Objective:
             before_head = None
             if with_retain or with_kl:  # first, while no graph takes up memory
                 before, before_head = self._reference(model, inputs, retain_ids, retain, head_at[retain])
-            states = forward_states(model, inputs, self.stack, head_at if with_kl else None)
+            read_at = head_at if with_kl else None
+            states = forward_states(model, inputs, self.stack, read_at, packed=config.packing)
             found = representations(
                 [states.layers[layer][targets] for layer in self.target_layers],
                 mask[targets],
@@ -194,7 +196,8 @@ class Objective:
         """What L_r compares, and what the head reads at the chosen tokens, of the base model at the retain rows."""
         if self.cache is None or ids is None:
             rows = {name: values[retain] for name, values in inputs.items()}
-            hidden = self.base.forward_states(model, rows, head_at if self.config.uses("kl") else None)
+            read_at = head_at if self.config.uses("kl") else None
+            hidden = self.base.forward_states(model, rows, read_at, packed=self.config.packing)
             return self._compared(hidden), hidden.head_inputs
         states = self.cache.read(ids, inputs["attention_mask"][retain].bool())
         return states, states.pop()[head_at] if self.config.uses("kl") else None
@@ -287,8 +290,21 @@ class Objective:
             return None
         rows = view2.detach().permute(2, 0, 1, 3)  # [B, P, L, D]
         if self.bank is None:
-            features = rows[0].numel()
-            self.bank = MemoryBank(self.config.memory_bank_size, features=features, dtype=rows.dtype).to(rows.device)
+            self.bank = self._empty_bank(rows.flatten(1))
+        if self.bank.keys.shape[1] != rows[0].numel():
+            raise InputError(
+                f"--positions: expected those of the checkpoint, whose memory bank has keys of "
+                f"{self.bank.keys.shape[1]} numbers; got {self.config.positions}, which make {rows[0].numel()}"
+            )
         keys, labels = self.bank(rows.flatten(1), concept_ids)
         assert labels is not None
         return keys.view(-1, *rows.shape[1:]).permute(1, 2, 0, 3), labels
+
+    def fill_bank(self, keys: Tensor, labels: Tensor) -> None:
+        """Begin with the keys [M, P x L x D] of another memory bank, oldest first, and their concepts (M,)."""
+        self.bank = self._empty_bank(keys)
+        self.bank.enqueue(keys, labels)
+
+    def _empty_bank(self, keys: Tensor) -> MemoryBank:
+        assert self.config.memory_bank_size is not None
+        return MemoryBank(self.config.memory_bank_size, features=keys.shape[1], dtype=keys.dtype).to(keys.device)

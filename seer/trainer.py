@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -23,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from seer.calibration import Calibration, calibrate
 from seer.checkpoints import CheckpointingTrainer, digest
@@ -30,7 +33,16 @@ from seer.config import RATE_TIMES_WIDTH, SeerConfig
 from seer.data import ConceptDataset, TextDataset, Tokens, pad_token_id, tokenize, warn_of_shared_texts
 from seer.errors import InputError
 from seer.evaluation import Encoding, Separation, encode, separation, separation_by_concept
-from seer.layers import BaseModel, Head, compile_layers, find_layers, freeze_copy, lm_head, without_dropout
+from seer.layers import (
+    BaseModel,
+    Head,
+    check_packing,
+    compile_layers,
+    find_layers,
+    freeze_copy,
+    lm_head,
+    without_dropout,
+)
 from seer.objective import Objective
 from seer.prototypes import Prototypes
 from seer.reference_cache import ReferenceCache
@@ -157,6 +169,12 @@ class SeerTrainer(CheckpointingTrainer):
             view_dropout=args.view_dropout,
             lengths=[len(row.ids) for row in rows] if args.train_sampling_strategy == "group_by_length" else None,
         )
+        share = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(self._sampler) < share:
+            raise InputError(
+                f"--dataloader_drop_last: expected false where a step takes {share} pairs and an epoch has "
+                f"{len(self._sampler)}: there would be no step at all; got true"
+            )
         self._concept_names = train_dataset.names
         self._term_sums: dict[str, Tensor] = {}
         self._steps_summed = 0
@@ -167,18 +185,30 @@ class SeerTrainer(CheckpointingTrainer):
             train_dataset=self._pairs,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_FirstPassWithAdapter(), _SetPairEpoch(self._sampler), *(callbacks or [])],
+            callbacks=[_FirstPassWithAdapter(self), _SetPairEpoch(self._sampler), *(callbacks or [])],
         )
+        _require_wished_engine("FSDP", self.is_fsdp_enabled)
+        _require_wished_engine("DEEPSPEED", self.is_deepspeed_enabled)
         if args.grad_cache_chunk is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise InputError(
                 "--grad_cache_chunk: expected none with FSDP or DeepSpeed, which reduce gradients in every backward "
                 f"pass; got {args.grad_cache_chunk}"
             )
-        if args.uses("kl"):
-            Head(self.stack).check(self.stack)
+        self.in_shards_already: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+        if self.in_shards_already:
+            _require_no_early_pass(args)
+        else:
+            self.check_model()
         if args.torch_compile:
             compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
+
+    def check_model(self) -> None:
+        """Raise InputError where the model cannot do what the options ask; runs it on a few tokens."""
+        if self.args.uses("kl"):
+            Head(self.stack).check(self.stack)
+        if self.args.packing:
+            check_packing(self.stack)
 
     def _lora_config(self, args: SeerConfig) -> LoraConfig:
         return LoraConfig(
@@ -197,6 +227,21 @@ class SeerTrainer(CheckpointingTrainer):
             "concepts_of_texts": concepts,
             **{name: digest([row.ids for row in rows]) for name, rows in texts.items()},
         }
+
+    def save_own_state(self, checkpoint: Path) -> None:
+        if self.objective.bank is not None:
+            keys, labels = self.objective.bank.content()
+            assert labels is not None
+            save_file({"keys": keys, "labels": labels}, self._bank_file(checkpoint))
+
+    def load_own_state(self, checkpoint: Path) -> None:
+        file = self._bank_file(checkpoint)
+        if self.args.memory_bank_size is not None and file.exists():
+            bank = load_file(file)
+            self.objective.fill_bank(bank["keys"].to(self.args.device), bank["labels"].to(self.args.device))
+
+    def _bank_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"memory_bank_{self.args.process_index}.safetensors"
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without compilation of the whole model, whose layers are compiled instead: see `compile_layers`."""
@@ -440,7 +485,10 @@ class SeerTrainer(CheckpointingTrainer):
 
 class _FirstPassWithAdapter(TrainerCallback):
     """FSDP settles which parameters are trained, and their dtypes, at the first forward pass. That must not be the one
-    of the base model, in which the adapter is disabled."""
+    of the base model, in which the adapter is disabled. Under ZeRO-3 there are no whole weights to check before."""
+
+    def __init__(self, trainer: SeerTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(
         self,
@@ -455,6 +503,8 @@ class _FirstPassWithAdapter(TrainerCallback):
             one_token = torch.ones(1, 1, dtype=torch.int64, device=args.device)
             with torch.no_grad(), without_dropout(model):
                 model(input_ids=one_token, attention_mask=one_token)
+        elif self.trainer.in_shards_already:
+            self.trainer.check_model()
 
 
 class _SetPairEpoch(TrainerCallback):
@@ -467,6 +517,25 @@ class _SetPairEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _require_wished_engine(name: str, enabled: bool) -> None:
+    """Raise InputError where accelerate leaves out, without a word, what its launcher was told."""
+    if not enabled and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+        raise InputError(
+            f"accelerate launch: expected GPUs for {name}, which accelerate would leave out on this machine without a "
+            "word; got none that it knows"
+        )
+
+
+def _require_no_early_pass(args: SeerConfig) -> None:
+    """Raise InputError for what needs the weights before DeepSpeed brings them together, pass by pass."""
+    for option, only in (("cache_reference", (False,)), ("adapter", ("lora", "dora"))):
+        if getattr(args, option) not in only:
+            raise InputError(
+                f"--{option}: expected {' or '.join(map(str, only))} with ZeRO-3, which has no whole weights before "
+                f"training begins; got {getattr(args, option)}"
+            )
 
 
 def _require_plain_pairs(args: SeerConfig) -> None:

@@ -25,8 +25,8 @@ from seer.checkpoints import UNFINISHED
 from seer.cli import main
 
 STEPS, SAVE_STEPS = 14, 3
-ELSEWHERE = tempfile.gettempdir()
-"""Where Python finds the package as it is installed, not its sources, which lack the compiled module."""
+ELSEWHERE = tempfile.mkdtemp()
+"""An empty folder: here Python finds packages as they are installed, not our sources or what else lies about."""
 KILLED = -signal.SIGKILL
 
 
@@ -44,6 +44,7 @@ def flags(model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
         "learning_rate": 1e-2,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 4,
+        "memory_bank_size": 10,
         "disable_tqdm": "true",
         "use_cpu": "true",
     }
@@ -263,6 +264,28 @@ def test_another_number_of_processes_is_another_run(make_model, make_config, dat
     file.write_text(json.dumps({**json.loads(file.read_text()), "processes": 4}))
     with pytest.raises(InputError, match=r"which had processes 4, now 1"):
         SeerTrainer(make_model("llama"), config, dataset, tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_a_memory_bank_goes_on_with_what_it_held(make_model, make_config, dataset, tokenizer, tmp_path) -> None:
+    def trainer(**options) -> SeerTrainer:
+        config = make_config(max_steps=4, save_strategy="steps", save_steps=2, **options)
+        return SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+
+    trainer(memory_bank_size=6).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    saved = load_file(checkpoint / "memory_bank_0.safetensors")
+    assert saved["keys"].shape == (6, 32)
+
+    smaller = trainer(memory_bank_size=4)
+    smaller.load_own_state(checkpoint)
+    keys, labels = smaller.objective.bank.content()
+    assert torch.equal(keys, saved["keys"][2:])  # the latest
+    assert torch.equal(labels, saved["labels"][2:])
+
+    trainer().train(resume_from_checkpoint=str(checkpoint))
+    other = trainer(memory_bank_size=6, positions=["last", "response_mean"])
+    with pytest.raises(InputError, match=r"--positions: expected those of the checkpoint, whose .* keys of 32 numbers"):
+        other.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(make_model, make_config, dataset, tokenizer, tmp_path) -> None:

@@ -186,10 +186,12 @@ def test_tokens_follow_the_chat_template(tokenizer) -> None:
     assert len(rows[0].ids) > len(rows[2].ids)
 
 
-def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", None)
+def test_without_chat_template_the_turns_are_joined_and_it_is_said_once(tokenizer, caplog) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
     with caplog.at_level(logging.WARNING):
         rows = tokenize(tokenizer, [Text("name a", "cat", "s"), Text("one", "dog", "s")], 64)
+        tokenize(tokenizer, [Text("one", "cat", "held out")], 64)
     assert tokenizer.decode(rows[0].ids).split() == ["name", "a", "cat"]
     assert sum("chat template" in record.message for record in caplog.records) == 1
 

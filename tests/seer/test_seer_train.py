@@ -339,6 +339,8 @@ def test_help_shows_every_option_with_its_default(capsys) -> None:
         assert name in text
     assert "Temperature of L_d. (default: 0.1, the paper's)" in text
     assert "(default: positive, seer's)" in text
+    for line in ("--model MODEL Required.", "--temperature X", "--concepts_per_batch N", "{random,group_by_length}"):
+        assert line in text
     assert "(default: 1, transformers')" in text
     assert main([]) == 0
     assert "seer train --help" in capsys.readouterr().out

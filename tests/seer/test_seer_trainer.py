@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from conftest import DECODERS, SIZES
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, TrainerCallback
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
 from seer.data import Text, Tokens
 from seer.evaluation import separation, separation_by_concept
+from seer.packing import Packing
 from seer_kernels import sinkhorn_divergence
 
 
@@ -351,6 +354,55 @@ def test_held_out_concepts_must_be_those_of_training(make_model, make_config, da
         InputError, match=r"expected the concepts \['animal', 'fruit', 'metal'\] .* got \['animal', 'pl"
     ):
         trainer.measure(other)
+
+
+class Resized(nn.Module):
+    """A decoder layer that hands on states of another size than it works with."""
+
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, states: Tensor, **inputs) -> Tensor:
+        states = self.layer(nn.functional.pad(states, (0, 32 - states.shape[-1])), **inputs)
+        return nn.functional.pad(states, (0, self.size - states.shape[-1]))
+
+
+def test_layers_of_different_sizes(make_model, make_config, dataset, tokenizer) -> None:
+    """Are trained where nothing compares them with each other, and refused before any weight moved where it does."""
+
+    def trainer(**options) -> SeerTrainer:
+        model = make_model("llama")
+        for index, size in ((0, 16), (1, 32)):
+            model.model.layers[index] = Resized(model.model.layers[index], size)
+        config = make_config(max_steps=2, logging_steps=1, learning_rate=1e-2, **options)
+        return SeerTrainer(model, config, dataset, tokenizer, eval_dataset=dataset)
+
+    narrow = trainer(target_layers=[0], packing=True)
+    narrow.train()
+    assert narrow.state.log_history[1]["L_r"] > 0
+    assert narrow.measure().encoding.after[0].shape == (18, 16)
+    for options, message in (
+        ({"target_layers": [0, 1]}, r"--target_layers: expected layers of one hidden size, got sizes \[16, 32\]"),
+        ({"retain_loss": "sinkhorn"}, r"--retain_layers: expected layers of one hidden size .* got sizes \[16, 32\]"),
+        ({"cache_reference": True}, r"--cache_reference: expected hidden states of one size, got sizes \[16, 32\]"),
+    ):
+        refused = trainer(**options)
+        with pytest.raises(InputError, match=message):
+            refused.train()
+        assert refused.state.global_step == 0
+
+
+def test_an_epoch_without_a_whole_batch_is_refused(make_model, make_config, dataset, tokenizer) -> None:
+    config = make_config(per_device_train_batch_size=19, dataloader_drop_last=True)
+    with pytest.raises(InputError, match=r"--dataloader_drop_last: expected false where a step takes 19 pairs"):
+        SeerTrainer(make_model("llama"), config, dataset, tokenizer)
+
+
+def test_sharding_that_would_be_left_out_is_said(make_model, make_config, dataset, tokenizer, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="accelerate launch: expected GPUs for FSDP"):
+        SeerTrainer(make_model("llama"), make_config(), dataset, tokenizer)
 
 
 def test_separation_is_that_of_all_pairs() -> None:
@@ -717,6 +769,96 @@ def test_a_run_with_cached_gradients_is_the_run_without(make_model, make_config,
     for whole, cached in zip(*logs, strict=True):
         for name in ("loss", "grad_norm", "L_d", "L_r", "L_kl"):
             assert cached[name] == pytest.approx(whole[name], rel=1e-3, abs=2e-4), name
+
+
+PACKED_MODELS = {
+    **{name: (DECODERS[name], "sdpa") for name in ("llama", "gemma", "gpt_neox")},
+    "llama, eager": (DECODERS["llama"], "eager"),
+    "windows": (lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=3), "sdpa"),
+}
+
+
+@pytest.mark.parametrize("architecture", list(PACKED_MODELS))
+@pytest.mark.parametrize(
+    ("options", "retain_dataset"),
+    [
+        ({"positions": ["response_mean", "last_request", "last"]}, RETAIN),
+        ({"positions": ["response_mean"], "kl_form": "label", "view_dropout": 0.5, "retain_layers": [0, 1]}, None),
+        ({"retain_loss": "sinkhorn", "retain_layers": [1], "kl_weight": 0.0, "grad_cache_chunk": 5}, RETAIN),
+    ],
+)
+def test_packed_texts_give_the_loss_and_gradient_of_padded_ones(
+    make_config, dataset, tokenizer, architecture, options, retain_dataset
+) -> None:
+    make_architecture, attention = PACKED_MODELS[architecture]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_architecture(), attn_implementation=attention)
+    config = make_config(target_layers=[0, 2], lora_dropout=0.0, packing=True, **options)
+    trainer = exact(SeerTrainer(model, config, dataset, tokenizer, retain_dataset=retain_dataset))
+    batch = next(iter(trainer.get_train_dataloader()))
+    shapes = []
+    trainer.stack.root.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    found = []
+    for packing in (True, False):
+        config.packing = packing
+        if config.grad_cache_chunk is None:
+            loss, terms = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+            found.append((terms, gradients(trainer, loss)))
+        else:
+            trainer.model.zero_grad()
+            _, terms = trainer.objective.cached_backward(trainer.model, batch, 0.0, 5, Tensor.backward)
+            found.append((terms, [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]))
+    packed, padded = shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]
+    assert sum(shape.numel() for shape in packed) < 0.9 * sum(shape.numel() for shape in padded)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-9)
+    assert_same_gradient(found[0][1], found[1][1])
+
+
+def test_packing_is_refused_where_texts_would_see_each_other(make_model, make_config, dataset, tokenizer) -> None:
+    message = r"--packing: expected false for BertModel with attention 'sdpa', .* \(its layers mix the texts of a row\)"
+    with pytest.raises(InputError, match=message):
+        SeerTrainer(make_model("bert"), make_config(kl_weight=0.0, packing=True), dataset, tokenizer)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4))
+    with pytest.raises(InputError, match=r"--packing: expected false for BloomForCausalLM with attention"):
+        SeerTrainer(bloom, make_config(packing=True), dataset, tokenizer)
+
+
+def test_a_packed_run_is_the_padded_one(make_model, make_config, dataset, tokenizer) -> None:
+    logs = []
+    for packing in (True, False):
+        options = {"gradient_checkpointing": True, "cache_reference": True, "learning_rate": 1e-2}
+        config = make_config(packing=packing, max_steps=3, logging_steps=1, lora_dropout=0.0, **options)
+        trainer = SeerTrainer(make_model("llama"), config, dataset, tokenizer, retain_dataset=RETAIN)
+        exact(trainer).model.float()
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for packed, padded in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "L_d", "L_r", "L_kl"):
+            assert packed[name] == pytest.approx(padded[name], rel=1e-3, abs=2e-4), name
+
+
+def test_where_the_tokens_of_packed_texts_are() -> None:
+    """Lengths 2, 5, 3, 1, 3; some padded on the left, one on both sides."""
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 0], [1, 1, 1, 0, 0]])
+    ids = torch.arange(10, 35).view(5, 5)
+
+    def pack(attention: str) -> tuple[Packing, list[list[int]], list[list[int]]]:
+        packing = Packing.of(mask, SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention)))
+        inputs = packing.inputs(ids)
+        return packing, inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
+
+    packing, packed, positions = pack("sdpa")  # the longest first, each where there is room
+    assert packed == [[15, 16, 17, 18, 19], [22, 23, 24, 10, 11], [30, 31, 32, 28, 0]]
+    assert positions == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
+    states = packing.unpack(torch.tensor(packed).unsqueeze(-1).float())
+    assert torch.equal(states.squeeze(-1), (ids * mask).float())
+
+    packing, packed, positions = pack("flash_attention_2")
+    assert packed == [[15, 16, 17, 18, 19, 22, 23, 24, 30, 31, 32, 10, 11, 28]]
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(packing.position_ids)
+    assert (starts.tolist(), int(longest)) == ([0, 5, 8, 11, 13, 14], 5)  # what the kernel would be told
 
 
 def test_second_texts_of_past_batches_are_further_negatives(make_model, make_config, dataset, tokenizer) -> None:

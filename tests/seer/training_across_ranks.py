@@ -58,21 +58,26 @@ class SigtermOnOneRank(TrainerCallback):
 
 
 def run(out: Path, model: str, data: str) -> None:
-    trainer = make_trainer(out / "whole", lora_dropout=0.1)
+    stateful = {"lora_dropout": 0.1, "memory_bank_size": 8}
+    trainer = make_trainer(out / "whole", **stateful)
     trainer.train()
     trainer.save_model(str(out / "whole" / "adapter"))
 
     with StopOnSigterm() as stop:
-        trainer = make_trainer(out / "stopped", [SigtermOnOneRank(), stop], lora_dropout=0.1)
+        trainer = make_trainer(out / "stopped", [SigtermOnOneRank(), stop], **stateful)
         outcome = trainer.train()
     stopped_after = outcome.global_step
-    trainer = make_trainer(out / "stopped", lora_dropout=0.1)
+    trainer = make_trainer(out / "stopped", **stateful)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(out / "stopped" / "adapter"))
 
     trainer = make_trainer(out / "exact")
     trainer.train()
     trainer.save_model(str(out / "exact" / "adapter"))
+    if not trainer.is_fsdp_enabled:
+        in_chunks = make_trainer(out / "chunks", grad_cache_chunk=2)
+        in_chunks.train()
+        in_chunks.save_model(str(out / "chunks" / "adapter"))
     AcceleratorState._reset_state()  # which holds one precision per process
     in_bfloat16 = make_trainer(out / "bfloat16", bf16=True, max_steps=4)
     in_bfloat16.train()
