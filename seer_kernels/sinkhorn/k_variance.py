@@ -71,6 +71,8 @@ def k_variance(
     _checks.check_count("splits", splits, 2)
     if k is not None:
         _checks.check_count("k", k, 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be None or a torch.Generator; got {generator!r}")
     with torch.no_grad():
         concepts = torch.unique(labels)
         halves = []
