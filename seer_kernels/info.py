@@ -80,5 +80,5 @@ def _native() -> str:
 
 
 if __name__ == "__main__":
-    print("Paste the lines below into a bug report, with a few lines of code that show the problem and all they print:\n")
+    print("Paste the lines below into a bug report, with a few lines of code that show the problem and their output:\n")
     print(report())
