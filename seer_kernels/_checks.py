@@ -305,6 +305,12 @@ def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
 
 
+def check_eps_fits(value: float, dtype: torch.dtype) -> None:
+    """eps must not overflow in the dtype that problems are solved in."""
+    if abs(value) > torch.finfo(dtype).max:
+        raise ValueError(f"eps must be positive and finite in {dtype}; got {value}")
+
+
 def check_eps_values(value: Tensor) -> None:
     """eps must be positive and finite; names the first problem where it is not."""
     bad = ~((value > 0) & (value < float("inf")))
