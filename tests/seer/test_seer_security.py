@@ -76,7 +76,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     else:
         values["tokenizer_class"] = "OwnTokenizer"
     (folder / part).write_text(json.dumps(values))
-    with pytest.raises(InputError, match="--model: expected .* contains custom code"):
+    with pytest.raises(InputError, match=r"--model: expected .* contains custom code"):
         load_model(make_config(model=str(folder)))
     assert not trace.exists()
 
