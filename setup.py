@@ -2,6 +2,11 @@
 
 SEER_KERNELS_CUDA=auto|0|1   auto (default) builds CUDA code if nvcc is found; 1 demands it; 0 leaves it out
 SEER_KERNELS_ARCHS=80,90     narrows the GPU targets, which by default are those of TARGETS that nvcc knows
+SEER_KERNELS_SANITIZE=address,undefined   instruments the CPU code, with GCC or Clang: for tests, never to install
+                             (tests/sanitize.py builds and runs with it)
+
+The CPU kernels are written in the vector extensions that GCC and Clang share, which Microsoft's compiler lacks: on
+Windows clang-cl compiles them, which comes with LLVM and with Visual Studio ("C++ Clang tools for Windows").
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ CPU_SOURCES = (
     "csrc/cpu/instruction_set.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/contrastive.cu", "csrc/cuda/fused.cu", "csrc/cuda/sinkhorn.cu")
+CPU_FLAGS = ("-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-pthread")
+CLANG_CL_FLAGS = ("/O2", "/clang:-O3", "/clang:-fno-math-errno", "-Wno-psabi")
+SANITIZE_FLAGS = ("-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g", "-O1")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 HEADERS = tuple(str(p) for p in sorted(Path("csrc").rglob("*.h")))
 
@@ -40,6 +48,10 @@ def cuda_compiler() -> str | None:
     wish = os.environ.get("SEER_KERNELS_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"SEER_KERNELS_CUDA must be auto, 0 or 1; got {wish!r}")
+    if sys.platform != "linux":
+        if wish == "1":
+            raise SystemExit(f"SEER_KERNELS_CUDA=1: CUDA kernels are built on Linux only, not on {sys.platform}")
+        return None
     nvcc = None if wish == "0" else find_nvcc()
     if wish == "1" and nvcc is None:
         raise SystemExit(
@@ -47,6 +59,12 @@ def cuda_compiler() -> str | None:
             "Install the CUDA toolkit or set CUDA_HOME; SEER_KERNELS_CUDA=auto builds without it."
         )
     return nvcc
+
+
+def why_no_cuda() -> str:
+    if os.environ.get("SEER_KERNELS_CUDA") == "0":
+        return "SEER_KERNELS_CUDA=0"
+    return "no nvcc" if sys.platform == "linux" else f"no CUDA on {sys.platform}"
 
 
 def cuda_targets(nvcc: str) -> list[str]:
@@ -97,13 +115,38 @@ class BuildNative(build_ext):
             self.build_cuda(extension, nvcc, targets)
             built = f"CPU and CUDA for {', '.join('sm_' + t for t in targets)} ({nvcc})"
         else:
-            built = "CPU only (no nvcc)" if find_nvcc() is None else "CPU only (SEER_KERNELS_CUDA=0)"
+            built = f"CPU only ({why_no_cuda()})"
+        sanitizers = os.environ.get("SEER_KERNELS_SANITIZE")
+        if sanitizers:
+            built += f", with sanitizers {sanitizers}"
+        if self.compiler.compiler_type == "msvc":
+            self.use_clang_cl()
+            extension.extra_compile_args += CLANG_CL_FLAGS
+        else:
+            extension.extra_compile_args += CPU_FLAGS
+            extension.extra_link_args.append("-pthread")
+        if sanitizers:
+            extension.extra_compile_args += [*SANITIZE_FLAGS, f"-fsanitize={sanitizers}"]
+            extension.extra_link_args.append(f"-fsanitize={sanitizers}")
         # A module left in the build folder serves only if it was built for the same.
         stamp = Path(self.build_temp, "built")
         self.force = self.force or not stamp.exists() or stamp.read_text() != built
         super().build_extension(extension)
         stamp.write_text(built)
         print(f"seer-kernels: built the native module for {built}", file=sys.stderr, flush=True)
+
+    def use_clang_cl(self) -> None:
+        """Compiles with clang-cl where setuptools would run Microsoft's cl; the linker stays Microsoft's."""
+        llvm = Path(os.environ.get("PROGRAMFILES", "C:/Program Files"), "LLVM", "bin", "clang-cl.exe")
+        clang_cl = shutil.which("clang-cl") or (str(llvm) if llvm.exists() else None)
+        if clang_cl is None:
+            raise SystemExit(
+                "clang-cl was found neither on PATH nor under LLVM, and cl lacks the vector extensions that kernels "
+                "are written in. Install LLVM, or Visual Studio's component 'C++ Clang tools for Windows'."
+            )
+        if not self.compiler.initialized:
+            self.compiler.initialize()
+        self.compiler.cc = clang_cl
 
     def build_cuda(self, extension: Pybind11Extension, nvcc: str, targets: list[str]) -> None:
         folder = Path(self.build_temp, "cuda")
@@ -129,8 +172,6 @@ setup(
             sources=list(CPU_SOURCES),
             depends=[*HEADERS, *CUDA_SOURCES],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
-            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildNative},

@@ -89,7 +89,7 @@ def data_source() -> str:
 @lru_cache(maxsize=1)
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if source != "demo":
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return tokenizer
     from seer.demo.language_model import build_tokenizer
 
@@ -105,7 +105,7 @@ def load_model(dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
 
         model: PreTrainedModel = build_model(load_tokenizer(source), 0).to(dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     model.config.max_position_embeddings = 2 * HALF  # rotary, so any length will do: both sides get the same texts
     model.config.use_cache = False
     return model.to(device)

@@ -65,7 +65,7 @@ class Run:
         trained: PreTrainedModel | PeftModel
         try:
             base = load_model(config)[0] if model is None else model
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if whole:
                 trained = load_model(replace(config, model=str(path)))[0]
             else:

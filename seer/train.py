@@ -217,7 +217,8 @@ def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         raise InputError("--model: expected a local folder or a name on the Hub, got none")
     half = config.adapter != "none" and (config.bf16 or _accelerator_has_bfloat16(config.device))
     dtype = torch.bfloat16 if half else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
+    # No code that comes with a model is run: neither its own modules nor what a pickle would call.
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if config.quantization != "none":
         if find_spec("bitsandbytes") is None:
             raise InputError(
@@ -231,11 +232,12 @@ def load_model(config: SeerConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model_config = AutoConfig.from_pretrained(config.model)
+        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         causal_class = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None), "__name__", None)
         saved_as = model_config.architectures or [causal_class]
         auto = AutoModelForCausalLM if causal_class is not None and causal_class in saved_as else AutoModel
-        return auto.from_pretrained(config.model, **options), AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        return auto.from_pretrained(config.model, **options), tokenizer
     except (OSError, ValueError) as error:
         raise InputError(
             f"--model: expected a folder or Hub name of a transformers model with its tokenizer, got {config.model!r}; "

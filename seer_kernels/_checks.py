@@ -25,6 +25,18 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {_describe(value)}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """`value` must be an ordinary, strided tensor."""
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got layout {value.layout}")
+
+
 def check_positive_integer(name: str, value: object) -> None:
     """`value` must be an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -51,6 +63,7 @@ def check_features(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor of shape (..., rows, features); got {_describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    check_dense(name, value)
     if value.dim() < 2:
         raise ValueError(f"{name} must have shape (..., rows, features); got {tuple(value.shape)}")
     if value.shape[-1] == 0:
@@ -111,6 +124,7 @@ def check_rows(name: str, value: object, leading: torch.Size, rows: int, device:
         raise TypeError(f"{name} must be a tensor of shape {(*leading, rows)} or ({rows},); got {_describe(value)}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like the features; got {value.device}")
+    check_dense(name, value)
     fits = value.dim() >= 1 and value.shape[-1] == rows and value.dim() <= len(leading) + 1
     if not fits or any(s not in (1, n) for s, n in zip(value.shape[-2::-1], leading[::-1], strict=False)):
         raise ValueError(f"{name} must have shape {(*leading, rows)} or ({rows},); got {tuple(value.shape)}")
@@ -138,6 +152,7 @@ def check_scalar(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be a float or a floating 0-d tensor; got {_describe(value)}")
+        check_dense(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a floating 0-d tensor; got {_describe(value)}")
 
@@ -203,6 +218,7 @@ def check_cost_matrix(value: object) -> None:
         raise TypeError(f"cost must be a tensor of shape (B, n, m) or (n, m); got {_describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"cost must be float64, float32, bfloat16 or float16; got {value.dtype}")
+    check_dense("cost", value)
     if value.dim() not in (2, 3) or 0 in value.shape[-2:]:
         raise ValueError(f"cost must have shape (B, n, m) or (n, m) with n, m >= 1; got {tuple(value.shape)}")
 
@@ -222,6 +238,7 @@ def check_lengths(name: str, value: object, batch: int, device: torch.device) ->
         raise TypeError(f"{name} must be an integer tensor of shape ({batch},); got {_describe(value)}")
     if value.dtype not in INTEGER_DTYPES or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers; got dtype {value.dtype}")
+    check_dense(name, value)
     if value.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), one length per problem; got {tuple(value.shape)}")
     if value.device != device:
@@ -234,6 +251,7 @@ def check_per_problem(name: str, value: object, batch: int, device: torch.device
     if isinstance(value, Tensor):
         if value.dtype not in FLOAT_DTYPES or value.shape not in ((), (batch,)):
             raise ValueError(f"{name} must be a float or a floating tensor of shape ({batch},); got {_describe(value)}")
+        check_dense(name, value)
         if value.device != device:
             raise ValueError(f"{name} must be on {device} like the costs; got {value.device}")
         if value.requires_grad:
@@ -261,11 +279,13 @@ def check_marginal_weights(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object, at_least: int) -> None:
-    """`value` must be an integer of at least `at_least`."""
+    """`value` must be an integer of at least `at_least` that an int32 holds."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer; got {_describe(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    if value > INT32.max:
+        raise ValueError(f"{name} must be at most {INT32.max}; got {value}")
 
 
 def check_tolerance(value: object) -> None:
@@ -283,6 +303,12 @@ def can_wait(device: torch.device) -> bool:
 
 def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
+
+
+def check_eps_fits(value: float, dtype: torch.dtype) -> None:
+    """eps must not overflow in the dtype that problems are solved in."""
+    if abs(value) > torch.finfo(dtype).max:
+        raise ValueError(f"eps must be positive and finite in {dtype}; got {value}")
 
 
 def check_eps_values(value: Tensor) -> None:

@@ -26,6 +26,8 @@ PACKAGES = (
     "geomloss",
 )
 """Packages that the losses meet, reported where they are installed."""
+INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
+"""As `seer::cpu::InstructionSet` numbers them."""
 VARIABLES = (
     "SEER_KERNELS_ATOMICS",
     "TRITON_INTERPRET",
@@ -68,13 +70,15 @@ def _version(package: str) -> str | None:
 
 
 def _native() -> str:
-    """What the compiled module was built for."""
+    """The instruction set in use and the best one here, and what GPUs the compiled module was built for."""
     try:
         from seer_kernels import _native
     except ImportError as error:
         return f"missing ({error})"
-    return f"CUDA architectures {_native.cuda_architectures or 'none'}"
+    levels = INSTRUCTION_SETS[_native.instruction_set()], INSTRUCTION_SETS[_native.best_instruction_set()]
+    return f"{levels[0]} of {levels[1]}, CUDA architectures {_native.cuda_architectures or 'none'}"
 
 
 if __name__ == "__main__":
+    print("Paste the lines below into a bug report, with a few lines of code that show the problem and their output:\n")
     print(report())

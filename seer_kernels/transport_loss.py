@@ -101,6 +101,8 @@ def ot_contrastive(
         )
     _checks.check_choice("reduction", reduction, REDUCTIONS)
     _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
+    _checks.check_flag("normalize", normalize)
+    _checks.check_flag("validate", validate)
     _checks.check_count("iterations", iterations, 1)
     if tolerance is not None:
         _checks.check_tolerance(tolerance)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +144,10 @@ def test_types_are_shipped() -> None:
 def test_the_report_for_bugs_names_every_backend(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "seer_kernels.info"]  # from elsewhere: the package that is installed
     report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert report.startswith("Paste the lines below into a bug report")
     assert f"seer-kernels {seer_kernels.__version__}\n" in report
+    assert f"python {platform.python_version()} " in report
+    assert re.search(r"^native module: \S+ of \S+, CUDA architectures \S+$", report, re.MULTILINE)
     assert f"torch {torch.__version__} " in report
     for status in seer_kernels.backends().values():
         assert f"backend {status.name}: " in report

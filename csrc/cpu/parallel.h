@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <future>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,27 +38,63 @@ struct OpenMp {
   explicit operator bool() const { return parallel && rank && size; }
 };
 
+// The first exception among several threads: none may leave the one it was thrown on, or the process ends.
+class Failure {
+ public:
+  template <class Work>
+  void guard(const Work& work) {
+    try {
+      work();
+    } catch (...) {
+      if (!failed_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+  // For the caller, once all threads are done.
+  void rethrow() const {
+    if (exception_) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr exception_;
+};
+
 // Calls work(rank, size) for all ranks below size at the same time; the size is `threads`, or less where the runtime
-// grants fewer.
+// grants fewer. Throws what one of them throws, after all have ended; work that waits for other ranks must not throw.
 template <class Work>
 void run_together(int threads, const Work& work) {
   if (threads <= 1) {
     work(0, 1);
     return;
   }
+  Failure failure;
   if (const OpenMp& openmp = OpenMp::of_process()) {
-    const auto member = [](void* data) {
+    const auto member = [&](int rank, int size) { failure.guard([&] { work(rank, size); }); };
+    using Member = decltype(member);
+    const auto entry = [](void* data) {
       const OpenMp& openmp = OpenMp::of_process();
-      (*static_cast<const Work*>(data))(openmp.rank(), openmp.size());
+      (*static_cast<Member*>(data))(openmp.rank(), openmp.size());
     };
-    openmp.parallel(member, const_cast<Work*>(&work), unsigned(threads), 0);
+    openmp.parallel(entry, const_cast<void*>(static_cast<const void*>(&member)), unsigned(threads), 0);
+    failure.rethrow();
     return;
   }
+  // The size is settled once all threads exist: work may wait for every rank.
   std::vector<std::thread> others;
+  std::promise<int> granted;
+  const std::shared_future<int> size = granted.get_future().share();
   others.reserve(threads - 1);
-  for (int rank = 1; rank < threads; ++rank) others.emplace_back([&work, rank, threads] { work(rank, threads); });
-  work(0, threads);
+  for (int rank = 1; rank < threads; ++rank) {
+    try {
+      others.emplace_back([&failure, &work, rank, size] { failure.guard([&] { work(rank, size.get()); }); });
+    } catch (const std::system_error&) {
+      break;  // the machine grants no more
+    }
+  }
+  granted.set_value(int(others.size()) + 1);
+  failure.guard([&] { work(0, int(others.size()) + 1); });
   for (std::thread& other : others) other.join();
+  failure.rethrow();
 }
 
 // How many threads pay for `elements` of work.

@@ -255,7 +255,7 @@ class Solver {
         const V known = exists(x, V{} + c[0]);
         low = known < low ? known : low;
         high = known > high ? known : high;
-        outside = (known < L::kHuge) & (known > -L::kHuge) ? outside : V{} + T(1);
+        outside = ((known < L::kHuge) & (known > -L::kHuge)) ? outside : V{} + T(1);
         sum += x;
       });
       total += sum_all(sum);
@@ -450,7 +450,7 @@ class Solver {
       }
       const Rows difference = load<Rows>(w.u + i) * carry - next, weighted = a * sums;
       const Rows distance = weighted * (difference < 0 ? -difference : difference);
-      off += (next > lowest) & (next < highest) ? distance : Rows{} + T(kInfinity);
+      off += ((next > lowest) & (next < highest)) ? distance : Rows{} + T(kInfinity);
       if constexpr (kRelaxed) mass_a += weighted * next;
       store_first(w.u + i, next, kCount);
       return a * next;
@@ -463,7 +463,7 @@ class Solver {
       } else {
         next = T(1) / sums;
       }
-      outside = (next > lowest) & (next < highest) ? outside : V{} + T(kInfinity);
+      outside = ((next > lowest) & (next < highest)) ? outside : V{} + T(kInfinity);
       const V beta = load<V>(w.b + j) * next;
       if constexpr (kRelaxed) mass_b += beta * sums;
       store_first(w.next_v + j, next, kLanes);

@@ -136,6 +136,7 @@ def info_nce(
     """
     _checks.check_feature_pair("query", query, "key", key)
     _checks.check_pair_shapes(query, key)
+    _checks.check_flag("symmetric", symmetric)
     query_labels, key_labels = _pair_labels(query, key, query_labels, key_labels, same_label)
     return _loss(
         query,
@@ -452,6 +453,8 @@ def _loss(
     """Any loss of the family, from features and labels that are checked; all else is checked here."""
     _checks.check_choice("reduction", reduction, REDUCTIONS)
     _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
+    for name, flag in (("normalize", normalize), ("return_stats", return_stats), ("validate", validate)):
+        _checks.check_flag(name, flag)
     _checks.check_scalar("temperature", temperature)
     leading, accumulate = query.shape[:-2], accumulation_dtype(query.dtype)
     problems = leading.numel()

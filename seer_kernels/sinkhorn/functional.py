@@ -337,6 +337,7 @@ def solve_costs(
     if isinstance(eps, Tensor):
         eps = eps.to(cost.dtype).expand(B)
     else:
+        _checks.check_eps_fits(eps, cost.dtype)
         eps = torch.full((B,), float(eps), dtype=cost.dtype, device=cost.device)
     weighted = a is not None or b is not None
     a = _weights("a", a, x_lengths, B, n, cost)

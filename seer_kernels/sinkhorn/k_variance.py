@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seer_kernels import _checks
+from seer_kernels import _checks, _dispatch
 from seer_kernels.sinkhorn.costs import cost_matrix
 from seer_kernels.sinkhorn.functional import sinkhorn_from_cost
 from seer_kernels.sinkhorn.problem import accumulation_dtype
@@ -68,9 +68,12 @@ def k_variance(
         raise ValueError(f"features must have shape (N, D); got {tuple(features.shape)}")
     labels = _checks.check_labels("labels", labels, torch.Size([]), features.shape[0], features.device)
     _checks.check_choice("method", method, METHODS)
+    _checks.check_choice("backend", backend, ("auto", *_dispatch.BACKENDS))
     _checks.check_count("splits", splits, 2)
     if k is not None:
         _checks.check_count("k", k, 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be None or a torch.Generator; got {generator!r}")
     with torch.no_grad():
         concepts = torch.unique(labels)
         halves = []
