@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     ROOT / "setup.py",
     *(path for part in ("seer", "seer_kernels", "benchmarks", "examples") for path in (ROOT / part).rglob("*.py")),

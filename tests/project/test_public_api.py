@@ -1,6 +1,6 @@
 """The public surface, as a snapshot: a change to it is meant, and is in the changelog.
 
-python tests/test_public_api.py  # writes the snapshot anew
+python tests/project/test_public_api.py  # writes the snapshot anew
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BESIDE_THE_CODE = (
     "README.md",
@@ -119,7 +119,7 @@ def test_python_runs(page: str, folder: Path, capsys: pytest.CaptureFixture[str]
     missing: set[str] = set()
     for block in blocks(page, "python"):
         included = INCLUDED.fullmatch(block.code)
-        if included:  # tests/test_examples.py runs every example
+        if included:  # tests/project/test_examples.py runs every example
             assert (ROOT / included[1]).is_file()
             assert Path(included[1]).parent == Path("examples")
             continue
