@@ -50,6 +50,7 @@ def run(preset: str, model: str, data: Path, limit: int, seed: int) -> dict[str,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
         )
         run_training(config)
         metrics = json.loads((Path(folder) / "run" / "metrics.json").read_text(encoding="utf-8"))
