@@ -79,7 +79,7 @@ _SECTIONS = {
         "cache_reference",
         "grad_cache_chunk",
     ),
-    "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
+    "adapter": ("adapter", "adapted_layers", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (
         "num_train_epochs",
         "max_steps",

@@ -28,7 +28,7 @@ Preset = Literal["default", "reference"]
 Truncation = Literal["end", "middle", "refuse"]
 
 
-POSITIONS = ("last", "last_request", "response_mean")
+POSITIONS = ("last", "last_request", "response_mean", "mean")
 
 _CHOICES = {
     "same_label": get_args(SameLabel),
@@ -193,8 +193,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         default_factory=lambda: ["last"],
         metadata={
             "help": f"Token positions that stand for a text, of {', '.join(POSITIONS)}: its last token, the last one "
-            "before the response, the mean over the response. L_d is averaged over them; prototypes and held-out "
-            "figures are made at the first."
+            "before the response, the mean over the response, the mean over the whole text (as sentence encoders are "
+            "pooled). L_d is averaged over them; prototypes and held-out figures are made at the first."
         },
     )
     view_dropout: float = field(
@@ -305,6 +305,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "'none' all weights; the base model is then a frozen copy, which takes its memory once more."
         },
     )
+    adapted_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that get the adapter: 0 is the first layer, -1 the last. Default: all up to the last target "
+            "layer."
+        },
+    )
     quantization: Quantization = field(
         default="none",
         metadata={"help": "Load the base model with weights of '4bit' (NF4) or '8bit', by the package bitsandbytes."},
@@ -375,7 +382,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         _check(strategy in strategies, "train_sampling_strategy", f"one of {strategies}", strategy)
         for name, choices in _CHOICES.items():
             _check(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        for name in ("target_layers", "retain_layers"):
+        for name in ("target_layers", "retain_layers", "adapted_layers"):
             layers = getattr(self, name)
             _check(layers is None or len(layers) > 0, name, "at least one layer", layers)
         known = bool(self.positions) and set(self.positions) <= {*POSITIONS}
@@ -395,6 +402,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         _check(plain, "memory_bank_size", "none where --view_dropout takes away --positions", size)
         trainable = self.adapter != "none" or self.quantization == "none"
         _check(trainable, "quantization", "none with --adapter none, which trains all weights", self.quantization)
+        partial = self.adapter != "none" or self.adapted_layers is None
+        _check(partial, "adapted_layers", "none with --adapter none, which trains all weights", self.adapted_layers)
         needless = self.cache_reference and not (self.uses("retain") or self.uses("kl"))
         _check(not needless, "cache_reference", "false where neither L_r nor L_kl has a weight", self.cache_reference)
         if self.disentangle_loss in ("sup_con", "ot_contrastive"):
@@ -406,7 +415,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
 
     def pairs_may_lack_positions(self) -> bool:
         """Whether view dropout may take away a token position that L_d reads."""
-        return self.view_dropout > 0 and self.positions != ["last"]
+        return self.view_dropout > 0 and not {*self.positions} <= {"last", "mean"}
 
     def uses(self, term: str) -> bool:
         """Whether a term of the loss ("disentangle", "retain", "kl") has a weight at any time."""

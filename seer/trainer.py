@@ -117,6 +117,7 @@ class SeerTrainer(CheckpointingTrainer):
                 f"{args.view_dropout} the first texts of pairs do, so give --retain_data"
             )
 
+        adapted_layers = self._adapted_layers(args, isinstance(model, PeftModel))
         set_seed(args.seed)
         if args.adapter == "none":
             if isinstance(model, PeftModel):
@@ -125,7 +126,7 @@ class SeerTrainer(CheckpointingTrainer):
             self.base = BaseModel(self.stack, freeze_copy(self.stack))
         else:
             if not isinstance(model, PeftModel):
-                model = get_peft_model(model, self._lora_config(args))
+                model = get_peft_model(model, self._lora_config(args, adapted_layers))
             self.base = BaseModel(self.stack)
 
         self._tokenizer = processing_class
@@ -176,15 +177,36 @@ class SeerTrainer(CheckpointingTrainer):
             Head(self.stack).check(self.stack)
         if args.torch_compile:
             compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
+        self.objective = Objective(
+            args, self.stack, self.target_layers, len(adapted_layers), self.base, self.accelerator.autocast
+        )
 
-    def _lora_config(self, args: SeerConfig) -> LoraConfig:
+    def _adapted_layers(self, args: SeerConfig, has_adapter: bool) -> list[int]:
+        """The layers that are trained, or that count as such in a model that came with its adapter."""
+        if args.adapter == "none":
+            return [*range(len(self.stack.layers))]
+        last = max(self.target_layers)
+        if args.adapted_layers is None:
+            return [*range(last + 1)]
+        if has_adapter:
+            raise InputError(
+                f"--adapted_layers: expected none for a model that has an adapter, got {args.adapted_layers}"
+            )
+        adapted = self.stack.resolve(args.adapted_layers, "adapted_layers")
+        if adapted[-1] > last:
+            raise InputError(
+                f"--adapted_layers: expected layers up to the last target layer, {last}, got {adapted[-1]}: L_d does "
+                "not reach what is behind it"
+            )
+        return adapted
+
+    def _lora_config(self, args: SeerConfig, adapted_layers: list[int]) -> LoraConfig:
         return LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             use_dora=args.adapter == "dora",
-            target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
+            target_modules=self.stack.linear_pattern(adapted_layers),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
 
@@ -476,8 +498,8 @@ def _require_plain_pairs(args: SeerConfig) -> None:
             )
     if args.pairs_may_lack_positions():
         raise InputError(
-            "--view_dropout: expected 0 for texts of several concepts with --positions other than last, got "
-            f"{args.view_dropout}"
+            "--view_dropout: expected 0 for texts of several concepts with --positions other than last and "
+            f"mean, got {args.view_dropout}"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
+from seer.config import POSITIONS
 from seer.data import Text, Tokens
 from seer.evaluation import separation, separation_by_concept
 from seer_kernels import sinkhorn_divergence
@@ -49,6 +50,8 @@ def states_and_logits(trainer: SeerTrainer, ids: list[int]) -> tuple[list[Tensor
 
 def at_position(states: Tensor, request_length: int, position: str) -> Tensor:
     """[T, D] states of one text to [D]."""
+    if position == "mean":
+        return states.mean(0)
     if position == "response_mean":
         return states[request_length:].mean(0)
     return states[-1] if position == "last" else states[request_length - 1]
@@ -400,7 +403,7 @@ def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
         Prototypes.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("position", ["last", "last_request", "response_mean"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_a_representation_is_that_of_the_text_alone(make_model, make_config, dataset, tokenizer, position) -> None:
     config = make_config(positions=[position])
     trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer, eval_dataset=dataset))
