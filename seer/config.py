@@ -24,7 +24,7 @@ Balance = Literal["frequency", "balanced"]
 Adapter = Literal["lora", "dora", "none"]
 Quantization = Literal["none", "4bit", "8bit"]
 Negatives = Literal["local", "gather", "ring"]
-Preset = Literal["default", "reference"]
+Preset = Literal["default", "reference", "encoder"]
 Truncation = Literal["end", "middle", "refuse"]
 
 
@@ -116,8 +116,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     preset: Preset = field(
         default="default",
         metadata={
-            "help": "Values of what is not given: 'default', those shown here, or 'reference', the recipe of the "
-            "paper's code."
+            "help": "Values of what is not given: 'default', those shown here, 'reference', the recipe of the paper's "
+            "code, or 'encoder', for sentence encoders, which are pooled by the mean and predict no tokens."
         },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for everything that the run writes."})
