@@ -85,6 +85,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bf16": True,
         "gradient_checkpointing": True,
     },
+    # What docs/encoder.md arrives at. 256 tokens are what sentence-transformers gives to all-MiniLM-L6-v2.
+    "encoder": {
+        "max_length": 256,
+        "positions": ["mean"],
+        "target_layers": [-1],
+        "adapted_layers": [-1],
+        "disentangle_loss": "sup_con",
+        "temperature": 0.2,
+        "retain_normalization": "token",
+        "kl_weight": 0.0,
+        "lora_dropout": 0.0,
+        "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "group_by_length",
+        "num_train_epochs": 2.0,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "linear",
+    },
 }
 """Options that `--preset NAME` sets unless they are given."""
 
@@ -308,8 +325,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     adapted_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Layers that get the adapter: 0 is the first layer, -1 the last. Default: all up to the last target "
-            "layer."
+            "help": "Layers that get the adapter: 0 is the first layer, -1 the last. Default: all up to the last "
+            "target layer."
         },
     )
     quantization: Quantization = field(

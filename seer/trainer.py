@@ -101,7 +101,8 @@ class SeerTrainer(CheckpointingTrainer):
         if args.uses("kl") and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
-                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}; --preset encoder has the options of sentence encoders"
+                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}; --preset encoder has the options of sentence "
+                "encoders"
             )
         if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")

@@ -36,9 +36,7 @@ def test_the_mean_is_the_pooling_of_sentence_transformers() -> None:
     np.testing.assert_allclose(torch.nn.functional.normalize(found).numpy(), expected, atol=1e-5)
 
 
-def test_the_preset_trains_measures_and_is_read_again(
-    make_model, make_config, tokenizer, data_file, tmp_path
-) -> None:
+def test_the_preset_trains_measures_and_is_read_again(make_model, make_config, tokenizer, data_file, tmp_path) -> None:
     folder = tmp_path / "bert"
     make_model("bert").save_pretrained(folder)
     plain = tokenizer.__class__.from_pretrained(_saved(tokenizer, tmp_path / "tokenizer"))
@@ -51,7 +49,7 @@ def test_the_preset_trains_measures_and_is_read_again(
     assert result.metrics["held_out"]["kl_to_base_nats_per_token"] is None
     run = Run.load(result.output_dir)
     assert run.position == "mean"
-    training, held_out = run.samples()
+    _, held_out = run.samples()
     assert held_out is not None
     states = run.encode(held_out.texts, [2]).after[2].numpy()
     np.testing.assert_allclose(states, result.representations_after[2], rtol=1e-5, atol=1e-6)
