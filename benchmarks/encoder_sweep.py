@@ -3,6 +3,7 @@
     python benchmarks/encoder_sweep.py frozen safety   # what classifiers make of the base model's states
     python benchmarks/encoder_sweep.py sweep safety    # the trials that the results lack, by cross-validation
     python benchmarks/encoder_sweep.py final safety    # the preset, on texts that no trial has seen, over three seeds
+    python benchmarks/encoder_sweep.py picture safety  # docs/pictures/encoder.png
     python benchmarks/encoder_sweep.py page            # the tables of docs/encoder.md
 
 Each appends to results/encoder_sweep.csv as soon as it has trained a model, and goes on where it was stopped. Every
@@ -307,24 +308,31 @@ def final(data: str, dataset: ConceptDataset, options: Mapping[str, Any]) -> Non
     trial = ";".join(f"{name}={value}" for name, value in options.items())
     chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True, **options)
     model = AutoModel.from_pretrained(get_model_path())
-    assert chosen.adapted_layers is not None
-    first = model.config.num_hidden_layers + min(chosen.adapted_layers)
-    upper = Upper(model, tokens(dataset, chosen.max_length), first)
+    upper = Upper(model, tokens(dataset, chosen.max_length), model.config.num_hidden_layers + first_adapted(chosen))
     done = {(row["trial"], int(row["split"])) for row in read() if (row["stage"], row["data"]) == ("final", data)}
     for seed in SEEDS:
         if (trial, seed) in done:
             continue
         training, held_out = held_out_of(dataset, seed)
-        measured = train(upper, {"preset": "encoder", **options}, seed, training, held_out)
-        write("final", data, trial, seed, measured)
-        if (data, seed) == ("safety", 0):
-            PICTURE.parent.mkdir(exist_ok=True)
-            plot_representations(
-                *(measured.states[place] for place in (0, -1)),
-                held_out.concepts,
-                PICTURE,
-                title=f"all-MiniLM-L6-v2: {len(held_out)} texts of safety_concepts.csv held out by seed {seed}",
-            )
+        write("final", data, trial, seed, train(upper, {"preset": "encoder", **options}, seed, training, held_out))
+
+
+def picture(data: str, dataset: ConceptDataset, seed: int = SEEDS[0]) -> None:
+    """Train with the preset once more, and draw the held-out texts before and after."""
+    chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True)
+    model = AutoModel.from_pretrained(get_model_path())
+    upper = Upper(model, tokens(dataset, chosen.max_length), model.config.num_hidden_layers + first_adapted(chosen))
+    training, held_out = held_out_of(dataset, seed)
+    measured = train(upper, {"preset": "encoder"}, seed, training, held_out)
+    title = f"all-MiniLM-L6-v2: {len(held_out)} texts of {data}_concepts.csv held out by seed {seed}"
+    PICTURE.parent.mkdir(exist_ok=True)
+    plot_representations(measured.states[0], measured.states[-1], held_out.concepts, PICTURE, title=title)
+
+
+def first_adapted(config: SeerConfig) -> int:
+    """The lowest layer that the preset adapts, counted from the end."""
+    assert config.adapted_layers is not None
+    return min(config.adapted_layers)
 
 
 def held_out_of(dataset: ConceptDataset, seed: int) -> tuple[ConceptDataset, ConceptDataset]:
@@ -453,7 +461,7 @@ def page(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("frozen", "sweep", "final", "page"))
+    parser.add_argument("stage", choices=("frozen", "sweep", "final", "picture", "page"))
     parser.add_argument("data", choices=DATA_SETS, nargs="?", default="safety")
     parser.add_argument("--folder", type=Path, default=ROOT.parent / "shared" / "data", help="where the data is")
     parser.add_argument(
@@ -474,6 +482,8 @@ def main() -> None:
             append(frozen(arguments.data, dataset, base_states(dataset)))
     elif arguments.stage == "sweep":
         sweep(arguments.data, dataset, arguments.trials or TRIALS[arguments.data])
+    elif arguments.stage == "picture":
+        picture(arguments.data, dataset)
     else:
         final(arguments.data, dataset, dict(parse(option) for option in arguments.options))
 

@@ -26,6 +26,8 @@ Method = Literal["tsne", "pca"]
 # Shapes tell the concepts apart in grey too; 8 colours and 7 shapes repeat together only after 56 concepts.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NEIGHBOURS = 10
+_LEGEND_CHARACTERS = 100
+"""That fit side by side under a picture; the marker and the gap of an entry take six."""
 
 
 def plot_representations(
@@ -93,7 +95,7 @@ def plot_representations(
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(len(names), 6),
+        ncols=max(1, min(len(names), 6, _LEGEND_CHARACTERS // max(len(name) + 6 for name in names))),
         fontsize=12,
         frameon=False,
         markerscale=1.5,
