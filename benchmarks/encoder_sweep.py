@@ -93,7 +93,6 @@ START: dict[str, Any] = {
 """Where the trials start from: the defaults of `seer train`, but for these. A trial is named by what it changes."""
 TRIALS = {
     "safety": (
-        # The defaults' rate, constant, and SupCon at ten times of it: nothing moves, or everything the same way.
         "learning_rate=0.001;lora_dropout=0.05;train_sampling_strategy=random",
         "disentangle_loss=sup_con;learning_rate=0.003;lr_scheduler_type=constant;retain_normalization=example;"
         "lora_dropout=0.05;train_sampling_strategy=random",
@@ -104,7 +103,7 @@ TRIALS = {
         "disentangle_loss=sup_con;temperature=0.2",
         "disentangle_loss=sup_con;temperature=0.3",
     ),
-    "math": ("disentangle_loss=sup_con", "disentangle_loss=sup_con;temperature=0.2"),
+    "math": (),  # what is chosen on the safety texts is tried on these at the end only
 }
 
 
