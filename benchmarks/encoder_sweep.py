@@ -452,9 +452,10 @@ def page(text: str) -> str:
     tables = {"frozen": table_of_classifiers, "sweep": table_of_trials, "final": table_of_final_runs}
     for stage, table in tables.items():
         for data in DATA_SETS:
-            head, rest = text.split(f"<!-- {stage} {data}: begin -->\n")
-            tail = rest.partition(f"<!-- {stage} {data}: end -->")[2]
-            text = f"{head}<!-- {stage} {data}: begin -->\n{table(data)}\n<!-- {stage} {data}: end -->{tail}"
+            begin, end = (f"<!-- {stage} {data}: {word} -->" for word in ("begin", "end"))
+            if begin in text:
+                head, _, rest = text.partition(begin)
+                text = f"{head}{begin}\n{table(data)}\n{end}{rest.partition(end)[2]}"
     return text
 
 
