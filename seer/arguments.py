@@ -88,7 +88,7 @@ _SECTIONS = {
         "bf16",
         "torch_compile",
     ),
-    "adapter": ("adapter", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
+    "adapter": ("adapter", "adapted_layers", "quantization", "lora_r", "lora_alpha", "lora_dropout"),
     "training": (
         "num_train_epochs",
         "max_steps",

@@ -24,7 +24,7 @@ Balance = Literal["frequency", "balanced"]
 Adapter = Literal["lora", "dora", "none"]
 Quantization = Literal["none", "4bit", "8bit"]
 Negatives = Literal["local", "gather", "ring"]
-Preset = Literal["default", "reference"]
+Preset = Literal["default", "reference", "encoder"]
 Truncation = Literal["end", "middle", "refuse"]
 SamplingStrategy = Literal["random", "group_by_length"]
 
@@ -32,7 +32,7 @@ SamplingStrategy = Literal["random", "group_by_length"]
 RATE_TIMES_WIDTH = 0.5
 """Learning rate times hidden size, where no rate is given: measured at 256, and about the paper's at 4096."""
 
-POSITIONS = ("last", "last_request", "response_mean")
+POSITIONS = ("last", "last_request", "response_mean", "mean")
 
 _CHOICES = {
     "same_label": get_args(SameLabel),
@@ -90,6 +90,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bf16": True,
         "gradient_checkpointing": True,
     },
+    # What docs/encoder.md arrives at. 256 tokens are what sentence-transformers gives to all-MiniLM-L6-v2.
+    "encoder": {
+        "max_length": 256,
+        "positions": ["mean"],
+        "target_layers": [-1],
+        "adapted_layers": [-1],
+        "disentangle_loss": "sup_con",
+        "temperature": 0.2,
+        "retain_normalization": "token",
+        "kl_weight": 0.0,
+        "lora_dropout": 0.0,
+        "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "group_by_length",
+        "num_train_epochs": 2.0,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "linear",
+    },
 }
 """Options that `--preset NAME` sets unless they are given."""
 
@@ -121,8 +138,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
     preset: Preset = field(
         default="default",
         metadata={
-            "help": "Values of what is not given: 'default', those shown here, or 'reference', the recipe of the "
-            "paper's code."
+            "help": "Values of what is not given: 'default', those shown here, 'reference', the recipe of the paper's "
+            "code, or 'encoder', for sentence encoders, which are pooled by the mean and predict no tokens."
         },
     )
     output_dir: str | None = field(
@@ -209,8 +226,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         default_factory=lambda: ["last"],
         metadata={
             "help": f"Token positions that stand for a text, of {', '.join(POSITIONS)}: its last token, the last one "
-            "before the response, the mean over the response. L_d is averaged over them; prototypes and held-out "
-            "figures are made at the first."
+            "before the response, the mean over the response, the mean over the whole text (as sentence encoders are "
+            "pooled). L_d is averaged over them; prototypes and held-out figures are made at the first."
         },
     )
     view_dropout: float = field(
@@ -328,6 +345,13 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             "'none' all weights; the base model is then a frozen copy, which takes its memory once more."
         },
     )
+    adapted_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that get the adapter: 0 is the first layer, -1 the last. Default: all up to the last "
+            "target layer."
+        },
+    )
     quantization: Quantization = field(
         default="none",
         metadata={"help": "Load the base model with weights of '4bit' (NF4) or '8bit', by the package bitsandbytes."},
@@ -401,7 +425,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
             _check(self.concepts_per_batch >= 1, "concepts_per_batch", "a whole number >= 1", self.concepts_per_batch)
         for name, choices in _CHOICES.items():
             _check(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        for name in ("target_layers", "retain_layers"):
+        for name in ("target_layers", "retain_layers", "adapted_layers"):
             layers = getattr(self, name)
             _check(layers is None or len(layers) > 0, name, "at least one layer", layers)
         known = bool(self.positions) and set(self.positions) <= {*POSITIONS}
@@ -421,6 +445,8 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
         _check(plain, "memory_bank_size", "none where --view_dropout takes away --positions", size)
         trainable = self.adapter != "none" or self.quantization == "none"
         _check(trainable, "quantization", "none with --adapter none, which trains all weights", self.quantization)
+        partial = self.adapter != "none" or self.adapted_layers is None
+        _check(partial, "adapted_layers", "none with --adapter none, which trains all weights", self.adapted_layers)
         needless = self.cache_reference and not (self.uses("retain") or self.uses("kl"))
         _check(not needless, "cache_reference", "false where neither L_r nor L_kl has a weight", self.cache_reference)
         if self.disentangle_loss in ("sup_con", "ot_contrastive"):
@@ -432,7 +458,7 @@ class SeerConfig(_KnowsWhatWasGiven, TrainingArguments):
 
     def pairs_may_lack_positions(self) -> bool:
         """Whether view dropout may take away a token position that L_d reads."""
-        return self.view_dropout > 0 and self.positions != ["last"]
+        return self.view_dropout > 0 and not {*self.positions} <= {"last", "mean"}
 
     def uses(self, term: str) -> bool:
         """Whether a term of the loss ("disentangle", "retain", "kl") has a weight at any time."""

@@ -111,8 +111,7 @@ class ConceptExplainer:
         calibration: fitted for these prototypes; without it scores have `temperature` and no answer is "unknown".
         temperature: of layers that have no calibration.
         layers: which of the prototypes' layers to read; default all.
-        position: where the state is that stands for a text, as in the prototypes: "last", "last_request" or
-            "response_mean".
+        position: where the state is that stands for a text, as in the prototypes: one of `seer.config.POSITIONS`.
         layers_path: where the layers of the model are, if its structure does not say.
         max_length: longest text in tokens; the rest is cut off. Default: the window of tokenizer and model.
         batch_size: texts per pass in `explain`.

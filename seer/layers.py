@@ -52,18 +52,24 @@ class LayerStack:
                 )
         return sorted({index % depth for index in indices})
 
-    def linear_pattern(self, count: int) -> str:
-        """Regular expression that fully matches the paths of all linear projections in the first `count` layers.
+    def linear_pattern(self, indices: Sequence[int]) -> str:
+        """Regular expression that fully matches the paths of all linear projections in some layers.
+
+        Args:
+            indices: the layers, counted from 0.
 
         Raises:
             InputError: these layers have no linear projection.
         """
         names = {
-            name for layer in self.layers[:count] for name, part in layer.named_modules() if isinstance(part, nn.Linear)
+            name
+            for index in indices
+            for name, part in self.layers[index].named_modules()
+            if isinstance(part, nn.Linear)
         }
         if not names:
             raise InputError(f"no torch.nn.Linear in {self.path}: expected layers with linear projections to adapt")
-        numbers = "|".join(str(index) for index in range(count))
+        numbers = "|".join(map(str, indices))
         return rf"{re.escape(self.path)}\.({numbers})\.({'|'.join(re.escape(name) for name in sorted(names))})"
 
 
@@ -283,8 +289,9 @@ def representations(
         states: output of L layers, each [R, T, D].
         attention_mask: (R, T), nonzero at real tokens, wherever the padding is; every row has one.
         request_lengths: (R,), how many of the real tokens come before the response.
-        positions: P of "last" (the last token), "last_request" (the last before the response) and "response_mean" (the
-            mean over the response, and what the chat template puts behind it).
+        positions: P of "last" (the last token), "last_request" (the last before the response), "response_mean" (the
+            mean over the response, and what the chat template puts behind it) and "mean" (the mean over all real
+            tokens, special ones included: the mean pooling of sentence-transformers).
 
     Returns:
         [P, L, R, D]; finite but of no meaning where a row lacks the position, see `has_positions`.
@@ -300,8 +307,9 @@ def representations(
     rows = torch.arange(len(mask), device=mask.device)
     found = []
     for position in positions:
-        if position == "response_mean":
-            chosen = (mask & (rank >= request_lengths.unsqueeze(1))).unsqueeze(2)
+        if position in ("response_mean", "mean"):
+            start = request_lengths if position == "response_mean" else torch.zeros_like(request_lengths)
+            chosen = (mask & (rank >= start.unsqueeze(1))).unsqueeze(2)
             count = chosen.sum(1).clamp(min=1)
             dtype = torch.promote_types(states[0].dtype, torch.float32)
             means = [part.masked_fill(~chosen, 0.0).sum(1, dtype=dtype) / count for part in states]
@@ -316,7 +324,12 @@ def representations(
 def has_positions(attention_mask: Tensor, request_lengths: Tensor, positions: Sequence[str]) -> Tensor:
     """Which rows have which positions: [P, R] bool. Arguments as in `representations`."""
     lengths = attention_mask.bool().sum(1)
-    has = {"last": lengths > 0, "last_request": request_lengths > 0, "response_mean": request_lengths < lengths}
+    has = {
+        "last": lengths > 0,
+        "last_request": request_lengths > 0,
+        "response_mean": request_lengths < lengths,
+        "mean": lengths > 0,
+    }
     return torch.stack([has[position] for position in positions])
 
 

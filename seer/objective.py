@@ -36,6 +36,7 @@ class Objective:
         config: the options.
         stack: layers of the model in training.
         target_layers: those that are disentangled, resolved.
+        adapted_layers: how many layers are trained.
         base: the model as it was.
         autocast: makes the context of mixed precision in which models run.
     """
@@ -45,12 +46,14 @@ class Objective:
         config: SeerConfig,
         stack: LayerStack,
         target_layers: list[int],
+        adapted_layers: int,
         base: BaseModel,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.config = config
         self.stack = stack
         self.target_layers = target_layers
+        self.adapted_layers = adapted_layers
         self.retain_layers = (
             None if config.retain_layers is None else stack.resolve(config.retain_layers, "retain_layers")
         )
@@ -248,8 +251,7 @@ class Objective:
             elif config.retain_normalization == "token":
                 terms["L_r"] = outcome.distances.sum() / tokens
             else:
-                adapted = max(self.target_layers) + 1 if self.base.copy is None else len(self.stack.layers)
-                layer_share = len(self.target_layers) / adapted
+                layer_share = len(self.target_layers) / self.adapted_layers
                 terms["L_r"] = outcome.distances.mean() * (layer_share / 100)
         if len(outcome.divergences):
             full = config.kl_form == "full"

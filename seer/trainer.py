@@ -115,7 +115,8 @@ class SeerTrainer(CheckpointingTrainer):
         if args.uses("kl") and lm_head(self.stack) is None:
             raise InputError(
                 f"--kl_weight: expected 0 for {type(self.stack.root).__name__}, which has no language-model head, got "
-                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}"
+                f"{max(args.kl_weight, args.kl_weight_end or 0.0)}; --preset encoder has the options of sentence "
+                "encoders"
             )
         if retain_dataset is None and (args.uses("retain") or args.uses("kl")):
             logger.warning("No retain texts: the behaviour is kept on the first text of every pair (--retain_data).")
@@ -131,6 +132,7 @@ class SeerTrainer(CheckpointingTrainer):
                 f"{args.view_dropout} the first texts of pairs do, so give --retain_data"
             )
 
+        adapted_layers = self._adapted_layers(args, isinstance(model, PeftModel))
         set_seed(args.seed)
         if args.adapter == "none":
             if isinstance(model, PeftModel):
@@ -139,7 +141,7 @@ class SeerTrainer(CheckpointingTrainer):
             self.base = BaseModel(self.stack, freeze_copy(self.stack))
         else:
             if not isinstance(model, PeftModel):
-                model = get_peft_model(model, self._lora_config(args))
+                model = get_peft_model(model, self._lora_config(args, adapted_layers))
             self.base = BaseModel(self.stack)
 
         self._tokenizer = processing_class
@@ -201,7 +203,9 @@ class SeerTrainer(CheckpointingTrainer):
             self.check_model()
         if args.torch_compile:
             compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.objective = Objective(args, self.stack, self.target_layers, self.base, self.accelerator.autocast)
+        self.objective = Objective(
+            args, self.stack, self.target_layers, len(adapted_layers), self.base, self.accelerator.autocast
+        )
 
     def check_model(self) -> None:
         """Raise InputError where the model cannot do what the options ask; runs it on a few tokens."""
@@ -210,13 +214,32 @@ class SeerTrainer(CheckpointingTrainer):
         if self.args.packing:
             check_packing(self.stack)
 
-    def _lora_config(self, args: SeerConfig) -> LoraConfig:
+    def _adapted_layers(self, args: SeerConfig, has_adapter: bool) -> list[int]:
+        """The layers that are trained, or that count as such in a model that came with its adapter."""
+        if args.adapter == "none":
+            return [*range(len(self.stack.layers))]
+        last = max(self.target_layers)
+        if args.adapted_layers is None:
+            return [*range(last + 1)]
+        if has_adapter:
+            raise InputError(
+                f"--adapted_layers: expected none for a model that has an adapter, got {args.adapted_layers}"
+            )
+        adapted = self.stack.resolve(args.adapted_layers, "adapted_layers")
+        if adapted[-1] > last:
+            raise InputError(
+                f"--adapted_layers: expected layers up to the last target layer, {last}, got {adapted[-1]}: L_d does "
+                "not reach what is behind it"
+            )
+        return adapted
+
+    def _lora_config(self, args: SeerConfig, adapted_layers: list[int]) -> LoraConfig:
         return LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             use_dora=args.adapter == "dora",
-            target_modules=self.stack.linear_pattern(max(self.target_layers) + 1),
+            target_modules=self.stack.linear_pattern(adapted_layers),
             task_type="CAUSAL_LM" if lm_head(self.stack) is not None else "FEATURE_EXTRACTION",
         )
 
@@ -547,8 +570,8 @@ def _require_plain_pairs(args: SeerConfig) -> None:
             )
     if args.pairs_may_lack_positions():
         raise InputError(
-            "--view_dropout: expected 0 for texts of several concepts with --positions other than last, got "
-            f"{args.view_dropout}"
+            "--view_dropout: expected 0 for texts of several concepts with --positions other than last and "
+            f"mean, got {args.view_dropout}"
         )
 
 

@@ -20,7 +20,7 @@ INPUTS = {"input_ids": TOKENS, "attention_mask": MASK}
 def with_lora(model, layers: int = 2):
     """Adapter on the first layers, with weights that matter."""
     stack = find_layers(model)
-    wrapped = get_peft_model(model, LoraConfig(target_modules=stack.linear_pattern(layers)))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=stack.linear_pattern(range(layers))))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -162,15 +162,16 @@ def test_representations_are_read_at_positions_wherever_the_padding_is() -> None
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
     requests = torch.tensor([2, 1, 2, 1])
     layers = [torch.randn(4, 5, 6, dtype=torch.float64) for _ in range(3)]
-    positions = ["response_mean", "last", "last_request"]
+    positions = ["response_mean", "last", "last_request", "mean"]
     found = representations(layers, mask, requests, positions)
-    assert found.shape == (3, 3, 4, 6)
+    assert found.shape == (4, 3, 4, 6)
     for index, states in enumerate(layers):
         for row in range(4):
             real = states[row, mask[row].bool()]
             torch.testing.assert_close(found[0, index, row], real[requests[row] :].mean(0))
             torch.testing.assert_close(found[1, index, row], real[-1])
             torch.testing.assert_close(found[2, index, row], real[requests[row] - 1])
+            torch.testing.assert_close(found[3, index, row], real.mean(0))
     torch.testing.assert_close(representations(layers, mask, requests, ["last"])[0], found[1])
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Train
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from seer import ConceptDataset, InputError, Prototypes, SeerTrainer, TextDataset
+from seer.config import POSITIONS
 from seer.data import Text, Tokens
 from seer.evaluation import separation, separation_by_concept
 from seer.packing import Packing
@@ -52,6 +53,8 @@ def states_and_logits(trainer: SeerTrainer, ids: list[int]) -> tuple[list[Tensor
 
 def at_position(states: Tensor, request_length: int, position: str) -> Tensor:
     """[T, D] states of one text to [D]."""
+    if position == "mean":
+        return states.mean(0)
     if position == "response_mean":
         return states[request_length:].mean(0)
     return states[-1] if position == "last" else states[request_length - 1]
@@ -452,7 +455,7 @@ def test_prototypes_are_normalised_means_and_survive_the_file(tmp_path) -> None:
         Prototypes.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("position", ["last", "last_request", "response_mean"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_a_representation_is_that_of_the_text_alone(make_model, make_config, dataset, tokenizer, position) -> None:
     config = make_config(positions=[position])
     trainer = exact(SeerTrainer(make_model("llama"), config, dataset, tokenizer, eval_dataset=dataset))

@@ -141,3 +141,14 @@ def test_too_few_samples_and_too_many_concepts(tmp_path: Path) -> None:
         plot_representations(states[:3], states[:3], ["a", "b", "c"], tmp_path / "a.png")
     with pytest.raises(InputError, match="at most 56 different names, got 57"):
         plot_representations(states, states, [str(i) for i in range(57)], tmp_path / "a.png")
+
+
+def test_long_names_stay_inside_the_picture(tmp_path: Path, saved: list[Figure]) -> None:
+    names = [f"a_concept_with_a_name_of_forty_characters_{i}"[:40] + str(i) for i in range(6)]
+    plot_representations(clouds(2.0), clouds(0.01), [names[i % 6] for i in range(30)], tmp_path / "a.png", method="pca")
+    (figure,) = saved
+    figure.draw_without_rendering()  # places at the figure's own resolution, not the file's
+    for text in figure.legends[0].get_texts():
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
