@@ -83,8 +83,7 @@ _SECTIONS = {
         "packing",
         "cache_reference",
         "grad_cache_chunk",
-        # transformers renamed it
-        "activation_checkpointing" if hasattr(SeerConfig, "activation_checkpointing") else "gradient_checkpointing",
+        "activation_checkpointing",  # gradient_checkpointing, among the others, before transformers renamed it
         "bf16",
         "torch_compile",
     ),
@@ -138,7 +137,7 @@ class _Parser(HfArgumentParser):
         formatter.add_text(self.description)
         for title, names in _SECTIONS.items():
             formatter.start_section(title)
-            formatter.add_arguments([by_name[name] for name in names])
+            formatter.add_arguments([by_name[name] for name in names if name in by_name])
             formatter.end_section()
         others = sorted(set(by_name) - {name for names in _SECTIONS.values() for name in names} - {"help"})
         formatter.start_section("also, as documented for transformers.TrainingArguments")
