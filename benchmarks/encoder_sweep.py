@@ -3,7 +3,7 @@
     python benchmarks/encoder_sweep.py frozen safety   # what classifiers make of the base model's states
     python benchmarks/encoder_sweep.py sweep safety    # the trials that the results lack, by cross-validation
     python benchmarks/encoder_sweep.py final safety    # the preset, on texts that no trial has seen, over three seeds
-    python benchmarks/encoder_sweep.py picture safety  # docs/pictures/encoder.png
+    python benchmarks/encoder_sweep.py picture math    # docs/pictures/encoder.png
     python benchmarks/encoder_sweep.py page            # the tables of docs/encoder.md
 
 Each appends to results/encoder_sweep.csv as soon as it has trained a model, and goes on where it was stopped. Every
@@ -316,13 +316,13 @@ def final(data: str, dataset: ConceptDataset, options: Mapping[str, Any]) -> Non
         write("final", data, trial, seed, train(upper, {"preset": "encoder", **options}, seed, training, held_out))
 
 
-def picture(data: str, dataset: ConceptDataset, seed: int = SEEDS[0]) -> None:
-    """Train with the preset once more, and draw the held-out texts before and after."""
-    chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True)
+def picture(data: str, dataset: ConceptDataset, options: Mapping[str, Any], seed: int = SEEDS[0]) -> None:
+    """Train as for a final run once more, and draw the held-out texts before and after."""
+    chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True, **options)
     model = AutoModel.from_pretrained(get_model_path())
     upper = Upper(model, tokens(dataset, chosen.max_length), model.config.num_hidden_layers + first_adapted(chosen))
     training, held_out = held_out_of(dataset, seed)
-    measured = train(upper, {"preset": "encoder"}, seed, training, held_out)
+    measured = train(upper, {"preset": "encoder", **options}, seed, training, held_out)
     title = f"all-MiniLM-L6-v2: {len(held_out)} texts of {data}_concepts.csv held out by seed {seed}"
     PICTURE.parent.mkdir(exist_ok=True)
     plot_representations(measured.states[0], measured.states[-1], held_out.concepts, PICTURE, title=title)
@@ -467,7 +467,9 @@ def main() -> None:
     parser.add_argument(
         "--trials", nargs="+", metavar="OPTION=VALUE;...", help="trials that are not in the list (sweep)"
     )
-    parser.add_argument("--options", nargs="+", default=[], metavar="OPTION=VALUE", help="beside the preset (final)")
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="OPTION=VALUE", help="beside the preset (final, picture)"
+    )
     arguments = parser.parse_args()
     if arguments.stage == "page":
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -477,15 +479,16 @@ def main() -> None:
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     dataset = ConceptDataset.load(str(arguments.folder / f"{arguments.data}_concepts.csv"))
+    options = dict(parse(option) for option in arguments.options)
     if arguments.stage == "frozen":
         if not any((row["stage"], row["data"]) == ("frozen", arguments.data) for row in read()):
             append(frozen(arguments.data, dataset, base_states(dataset)))
     elif arguments.stage == "sweep":
         sweep(arguments.data, dataset, arguments.trials or TRIALS[arguments.data])
     elif arguments.stage == "picture":
-        picture(arguments.data, dataset)
+        picture(arguments.data, dataset, options)
     else:
-        final(arguments.data, dataset, dict(parse(option) for option in arguments.options))
+        final(arguments.data, dataset, options)
 
 
 if __name__ == "__main__":
