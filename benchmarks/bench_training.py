@@ -271,7 +271,7 @@ class PaperStep(Step):
             r=16,
             lora_alpha=16,
             lora_dropout=0.05,
-            target_modules=self.stack.linear_pattern(max(self.layers) + 1),
+            target_modules=self.stack.linear_pattern(range(max(self.layers) + 1)),
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(model, adapter)

@@ -243,7 +243,7 @@ def train(
     measured = MeasureEpochs(training, held_out)
     with tempfile.TemporaryDirectory() as folder:
         config = SeerConfig(output_dir=folder, seed=seed, **quiet, **options)
-        tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+        tokenizer = AutoTokenizer.from_pretrained(get_model_path(), trust_remote_code=False)
         measured.trainer = UpperTrainer(upper, config, training, tokenizer, callbacks=[measured])
         measured.trainer.train()
     return measured
@@ -252,7 +252,7 @@ def train(
 @torch.no_grad()
 def base_states(dataset: ConceptDataset) -> np.ndarray:
     """[N, D] of the base model's last layer, pooled."""
-    model = AutoModel.from_pretrained(get_model_path()).eval()
+    model = base_model().eval()
     stack = find_layers(model)
     found = {}
     for sources, inputs in batches(tokens(dataset, FROZEN_LENGTH)):
@@ -287,7 +287,7 @@ def sweep(data: str, dataset: ConceptDataset, trials: Sequence[str]) -> None:
     pool = [i for concept in range(len(dataset.names)) for i in in_concept(dataset, pool, concept)[:TEXTS_PER_CONCEPT]]
     rows = tokens(subset(dataset, pool), SWEEP_LENGTH)
     labels = dataset.concept_ids[pool]
-    model = AutoModel.from_pretrained(get_model_path())
+    model = base_model()
     uppers: dict[int, Upper] = {}
     done = {(row["trial"], int(row["split"])) for row in read() if (row["stage"], row["data"]) == ("sweep", data)}
     for fold, places in enumerate(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(pool, labels)):
@@ -306,7 +306,7 @@ def final(data: str, dataset: ConceptDataset, options: Mapping[str, Any]) -> Non
     """Train with the preset on all texts that are not held out, for every seed that the results lack."""
     trial = ";".join(f"{name}={value}" for name, value in options.items())
     chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True, **options)
-    model = AutoModel.from_pretrained(get_model_path())
+    model = base_model()
     upper = Upper(model, tokens(dataset, chosen.max_length), model.config.num_hidden_layers + first_adapted(chosen))
     done = {(row["trial"], int(row["split"])) for row in read() if (row["stage"], row["data"]) == ("final", data)}
     for seed in SEEDS:
@@ -319,13 +319,18 @@ def final(data: str, dataset: ConceptDataset, options: Mapping[str, Any]) -> Non
 def picture(data: str, dataset: ConceptDataset, options: Mapping[str, Any], seed: int = SEEDS[0]) -> None:
     """Train as for a final run once more, and draw the held-out texts before and after."""
     chosen = SeerConfig(output_dir="unused", preset="encoder", use_cpu=True, **options)
-    model = AutoModel.from_pretrained(get_model_path())
+    model = base_model()
     upper = Upper(model, tokens(dataset, chosen.max_length), model.config.num_hidden_layers + first_adapted(chosen))
     training, held_out = held_out_of(dataset, seed)
     measured = train(upper, {"preset": "encoder", **options}, seed, training, held_out)
     title = f"all-MiniLM-L6-v2: {len(held_out)} texts of {data}_concepts.csv held out by seed {seed}"
     PICTURE.parent.mkdir(exist_ok=True)
     plot_representations(measured.states[0], measured.states[-1], held_out.concepts, PICTURE, title=title)
+
+
+def base_model() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_pretrained(get_model_path(), trust_remote_code=False, use_safetensors=True)
+    return model
 
 
 def first_adapted(config: SeerConfig) -> int:
@@ -349,7 +354,7 @@ def subset(dataset: ConceptDataset, indices: Sequence[int]) -> ConceptDataset:
 
 
 def tokens(dataset: ConceptDataset, max_length: int) -> dict[str, Tokens]:
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path(), trust_remote_code=False)
     rows = tokenize(tokenizer, dataset.texts, max_length)
     return {text.source: row for text, row in zip(dataset.texts, rows, strict=True)}
 
@@ -432,7 +437,7 @@ def change(values: Sequence[tuple[float, float]]) -> list[str]:
     base, trained = np.mean(values, axis=0)
     differences = np.subtract(*np.transpose(values)[::-1])
     error = f" ± {differences.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return [f"{base:.3f}", f"{trained:.3f}", f"{differences.mean():+.3f}{error}"]
+    return [f"{base:.3f}", f"{trained:.3f}", f"{round(differences.mean(), 3) + 0.0:+.3f}{error}"]
 
 
 def grouped(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]]:

@@ -70,7 +70,7 @@ def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFix
         assert message.split("|")[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("bench_*.csv")), ids=lambda path: path.stem)
 def test_committed_results_can_be_drawn(path: Path, tmp_path: Path) -> None:
     if "bench_training" in path.stem:
         pytest.skip("has no sizes to draw against")
@@ -85,7 +85,7 @@ def test_points_of_the_roofline() -> None:
 
 
 def test_committed_results_are_the_same_as_themselves() -> None:
-    for path in harness.RESULTS.glob("*.csv"):
+    for path in harness.RESULTS.glob("bench_*.csv"):
         with path.open(newline="") as file:
             assert len(compare.read(path)) == len(list(csv.DictReader(file)))
         assert compare.main([str(path), str(path)]) == 0

@@ -154,7 +154,7 @@ def test_numbers_that_do_not_go_together(make_model, make_config, dataset, token
 
 def test_a_single_concept_has_nothing_to_differ_from(make_model, make_config, tokenizer) -> None:
     single = ConceptDataset([Text("a", "cat"), Text("a", "dog")], ["animal", "animal"])
-    with pytest.raises(InputError, match=r"--data: expected two concepts or more .*\(--same_label ignore\), got one"):
+    with pytest.raises(InputError, match=r"--data: expected two concepts or more .*\(--same_label positive\), got one"):
         SeerTrainer(make_model("llama"), make_config(), single, tokenizer)
     SeerTrainer(make_model("llama"), make_config(same_label="negative"), single, tokenizer)
     SeerTrainer(make_model("llama"), make_config(disentangle_weight=0.0), single, tokenizer)

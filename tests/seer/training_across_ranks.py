@@ -31,6 +31,7 @@ OPTIONS = {
     "balance": "balanced",
     "lora_dropout": 0.0,  # ranks draw their own masks
     "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
     "disable_tqdm": True,
@@ -95,7 +96,8 @@ def run(out: Path, model: str, data: str) -> None:
     AcceleratorState._reset_state()
     files = ["--model", model, "--data", data, "--output_dir", str(out / "command")]
     code = main(["train", *files, *(word for name, value in OPTIONS.items() for word in (f"--{name}", str(value)))])
-    assert code == 0
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    assert code == (2 if sharded else 0)  # it does not go on where accelerate leaves FSDP out
 
 
 if __name__ == "__main__":
