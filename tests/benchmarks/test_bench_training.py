@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bench_training import Size  # noqa: E402
 
 CPU = torch.device("cpu")
 STEPS = {"seer": bench_training.SeerStep, "reference": bench_training.PaperStep}
+PACKED = {"packed": partial(bench_training.SeerStep, packing=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +29,11 @@ def small(monkeypatch):
 
 def setup(name: str, size: Size, folder):
     case = bench_training.make_case(size, torch.float32, CPU)
-    return STEPS[name](case, str(folder)), bench_training.make_pairs(size, torch.float32, CPU, 1)
+    return (STEPS | PACKED)[name](case, str(folder)), bench_training.make_pairs(size, torch.float32, CPU, 1)
 
 
 @pytest.mark.parametrize("size", [Size(1, 3), Size(2, 3), Size(1, 3, "full")], ids=lambda size: size.name)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*STEPS, *PACKED])
 def test_a_step_disentangles_as_plain_passes_say_and_then_trains(name, size, tmp_path):
     step, pairs = setup(name, size, tmp_path)
     check = step.check(pairs)
@@ -88,13 +90,23 @@ def test_a_run_leaves_its_columns(tmp_path, monkeypatch):
     arguments = ["--sizes", "1x2", "--out", str(tmp_path), "--model", "demo"]
     assert bench_training.main([*arguments, "--data", str(bench_training.DEMO_DATA)]) == 0
     with (tmp_path / "bench_training-partial.csv").open(newline="") as file:
-        ours, reference = csv.DictReader(file)
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert rows["own"]["status"] == "left out"
+    ours, reference = rows["seer"], rows["reference"]
     assert float(ours["speedup_vs_reference"]) == pytest.approx(
         float(ours["steps_per_second"]) * float(reference["median_ms"]) / 1e3, rel=1e-2
     )
     assert float(reference["speedup_vs_reference"]) == 1
     assert 0 < float(ours["share_outside_model"]) < 1
     assert int(ours["peak_bytes"]) > 0
+
+
+def test_large_vocabulary(tmp_path):
+    """For the model's own passes, which ours are measured beside; the paper's step is left out."""
+    case = bench_training.make_case(Size(1, 2, "vocabulary"), torch.float32, CPU)
+    step = bench_training.OwnPasses(case, str(tmp_path))
+    assert step.model.get_input_embeddings().num_embeddings == bench_training.VOCABULARY
+    assert bench_training.make_providers()["reference"].left_out(case)
 
 
 @pytest.mark.parametrize("text", ["", "8", "1x1", "0x8", "1x8:long"])
