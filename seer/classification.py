@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer.command_line import Parser, progress, save_json
+from seer.command_line import Parser, progress, require_at_least, save_json
 from seer.errors import InputError
 from seer.evaluate import change_cells
 
@@ -351,9 +351,7 @@ def run_classification(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures (default: RUN/classification.json)")
     arguments = parser.parse_args(argv)
-    for name, least in (("resamples", 2), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name}: expected a whole number >= {least}, got {getattr(arguments, name)}")
+    require_at_least(arguments, resamples=2, seed=0)
 
     from rich.console import Console
 

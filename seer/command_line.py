@@ -31,10 +31,26 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def require_at_least(options: object, **least: int) -> None:
+    """Raise InputError for the first of these options of a command that is below its bound; None passes."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise InputError(f"--{name}: expected a whole number >= {bound}, got {value}")
+
+
 def save_json(values: Any, path: str | os.PathLike[str]) -> None:
-    """Write `values` as indented JSON, whole or not at all."""
+    """Write `values` as indented JSON, whole or not at all; with null in the place of NaN, which JSON does not know."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_without_nan(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _without_nan(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values
 
 
 def progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:

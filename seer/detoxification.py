@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from seer.classification import harmful_concepts
-from seer.command_line import Parser, progress, save_json
+from seer.command_line import Parser, progress, require_at_least, save_json
 from seer.errors import InputError
 from seer.evaluate import change_cells
 from seer.files import atomic_path
@@ -501,10 +501,7 @@ def run_detoxification(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="of both files (default: RUN)")
     parser.add_argument("--overwrite", action="store_true", help="do not go on with the answers there")
     arguments = parser.parse_args(argv)
-    for name, least in (("prompts", 1), ("max_new_tokens", 1), ("batch_size", 1), ("seed", 0), ("resamples", 2)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name}: expected a whole number >= {least}, got {value}")
+    require_at_least(arguments, prompts=1, max_new_tokens=1, batch_size=1, seed=0, resamples=2)
     if not 0 <= arguments.sampling_temperature < math.inf:
         parser.error(f"--sampling_temperature: expected a number >= 0, got {arguments.sampling_temperature}")
     if (arguments.judge is None) != (arguments.safe_label is None):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from seer.command_line import Parser, save_json
+from seer.command_line import Parser, require_at_least, save_json
 from seer.errors import InputError
 
 if TYPE_CHECKING:
@@ -213,9 +213,7 @@ def _run_separation(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures (default: RUN/evaluation.json)")
     arguments = parser.parse_args(argv)
-    for name, least in (("resamples", 2), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name}: expected a whole number >= {least}, got {getattr(arguments, name)}")
+    require_at_least(arguments, resamples=2, seed=0)
 
     from rich.console import Console
 
@@ -231,19 +229,10 @@ def _run_separation(argv: Sequence[str]) -> None:
         seed=arguments.seed,
     )
     file = run.folder / "evaluation.json" if arguments.json is None else arguments.json
-    save_json(without_nan(asdict(evaluation)), file)
+    save_json(asdict(evaluation), file)
     console = Console(highlight=False)
     console.print(_table(evaluation))
     console.print(f"Wrote {file}", soft_wrap=True)
-
-
-def without_nan(values: Any) -> Any:
-    """Nested dicts and lists with None in the place of NaN, which JSON does not know."""
-    if isinstance(values, dict):
-        return {name: without_nan(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [without_nan(value) for value in values]
-    return None if isinstance(values, float) and values != values else values
 
 
 def _table(evaluation: Evaluation) -> Table:

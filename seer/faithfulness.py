@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer.command_line import Parser, save_json
+from seer.command_line import Parser, require_at_least, save_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,9 +101,7 @@ def run_faithfulness(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of random directions (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures (default: RUN/faithfulness.json)")
     arguments = parser.parse_args(argv)
-    for name, least in (("texts", 2), ("controls", 1), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name}: expected a whole number >= {least}, got {getattr(arguments, name)}")
+    require_at_least(arguments, texts=2, controls=1, seed=0)
 
     from rich.console import Console
 

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from seer.command_line import Parser, save_json
+from seer.command_line import Parser, require_at_least, save_json
 from seer.errors import InputError
 from seer.metrics import directions, linear_probe
 
@@ -91,10 +91,7 @@ class Settings:
     """Also solve every transport problem exactly, with POT."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("splits", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name}: expected a whole number >= {least}, got {value}")
+        require_at_least(self, k=1, splits=2, seed=0)
         for name in ("eps", "gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -533,7 +530,6 @@ def run_generalization(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from seer.evaluate import without_nan
     from seer.run import Run
 
     run = Run.load(arguments.run)
@@ -541,7 +537,7 @@ def run_generalization(argv: Sequence[str]) -> None:
         run, layers=arguments.layers, data=arguments.data, raw=arguments.raw, settings=settings
     )
     file = run.folder / "generalization.json" if arguments.json is None else arguments.json
-    save_json(without_nan(asdict(result)), file)
+    save_json(asdict(result), file)
     console = Console(highlight=False)
     console.print(_table(result))
     console.print(f"Wrote {file}", soft_wrap=True)
