@@ -33,4 +33,5 @@ for step in range(20):
     if step % 5 == 4:
         print(f"step {step + 1}: loss {loss:.3f}")
 if dist.is_initialized():
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
