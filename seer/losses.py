@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
@@ -156,7 +157,8 @@ def kl_to_base(
     By default KL(p_base || p_adapted) over the full vocabulary, in nats: the paper's text speaks of a distance of the
     two distributions. With labels, the form of the paper's code: -p_base(y) log p_adapted(y) of the label y alone.
 
-    Logits exist for a few tokens at a time only; the backward pass computes them once more.
+    Logits exist for a few tokens at a time only. Beside a frozen head the gradient is formed while they do, and the
+    backward pass scales it; a head in training computes them once more there.
 
     Args:
         head: maps states [k, D] to logits [k, V].
@@ -168,25 +170,62 @@ def kl_to_base(
     Returns:
         (K,), float32 (float64 for float64 logits).
     """
-    with torch.no_grad():
-        vocabulary = head(states[:1]).shape[-1]
-    rows = max(1, _CHUNK_ELEMENTS // vocabulary)
-    starts = range(0, len(states), rows)
-    divergences = [
-        checkpoint(
-            _divergence,
-            head,
-            states[start : start + rows],
-            reference_head,
-            reference_states[start : start + rows],
-            None if labels is None else labels[start : start + rows],
-            use_reentrant=False,
-            preserve_rng_state=False,
-            determinism_check="none",  # ZeRO-3 puts weights into place and takes them away again in between
+    some_logits = head(states[:1].detach())
+    rows = max(1, _CHUNK_ELEMENTS // some_logits.shape[-1])
+
+    def divergence(states: Tensor, start: int) -> Tensor:
+        chunk = slice(start, start + rows)
+        return _divergence(
+            head, states, reference_head, reference_states[chunk], None if labels is None else labels[chunk]
         )
-        for start in starts
-    ]
-    return torch.cat(divergences)
+
+    if not some_logits.requires_grad:
+        values: Tensor = _TokenwiseValues.apply(states, divergence, rows)  # type: ignore[no-untyped-call]
+        return values
+    return torch.cat(
+        [
+            checkpoint(
+                divergence,
+                part,
+                start,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",  # ZeRO-3 puts weights into place and takes them away again in between
+            )
+            for start, part in zip(range(0, len(states), rows), torch.split(states, rows), strict=True)
+        ]
+    )
+
+
+class _TokenwiseValues(torch.autograd.Function):
+    """(K,) values of states [K, D], chunk by chunk of `rows`, each of its own token's state alone: one gradient [K, D],
+    formed with the values, serves any gradient from above."""
+
+    SCALE = 2.0**10
+    """Of the stored gradient: keeps small ones in the range of float16."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, values_of: Callable[[Tensor, int], Tensor], rows: int) -> Tensor:
+        """`values_of` takes some states and the number of the first."""
+        with_gradient = ctx.needs_input_grad[0]
+        values: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for start in range(0, len(states), rows):
+            with torch.set_grad_enabled(with_gradient):
+                part = states[start : start + rows].detach().requires_grad_(with_gradient)
+                found = values_of(part, start)
+                if with_gradient:
+                    gradients += torch.autograd.grad(found.sum() * _TokenwiseValues.SCALE, part)
+            values.append(found.detach())
+        if with_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (upstream / _TokenwiseValues.SCALE).unsqueeze(-1)).to(gradient.dtype), None, None
 
 
 def _divergence(

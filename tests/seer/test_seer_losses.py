@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -180,20 +181,32 @@ def plain_label_term(
 
 @pytest.mark.parametrize("chunk_elements", [1, 40, 2**22])
 @pytest.mark.parametrize("labels", [None, torch.arange(9) % 4])
+@pytest.mark.parametrize("head_is_trained", [True, False])
 def test_kl_is_the_divergence_from_the_base_over_the_whole_vocabulary(
-    chunk_elements: int, labels: Tensor | None, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int, labels: Tensor | None, head_is_trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
     states, reference = random(9, 5, scale=2.0).requires_grad_(), random(9, 5, scale=2.0)
-    weight, reference_weight = random(13, 5).requires_grad_(), random(13, 5)
+    weight, reference_weight = random(13, 5).requires_grad_(head_is_trained), random(13, 5)
     values = losses.kl_to_base(lambda h: h @ weight.T, states, lambda h: h @ reference_weight.T, reference, labels)
     operands = (weight, states, reference_weight, reference)
     expected = plain_kl(*operands) if labels is None else plain_label_term(*operands, labels)
     torch.testing.assert_close(values, expected)
     upstream = random(9)
-    ours = torch.autograd.grad(values, (states, weight), upstream)
-    theirs = torch.autograd.grad(expected, (states, weight), upstream)
+    inputs = (states, weight) if head_is_trained else (states,)
+    ours = torch.autograd.grad(values, inputs, upstream)
+    theirs = torch.autograd.grad(expected, inputs, upstream)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_kl_beside_a_frozen_head_multiplies_by_it_once_and_once_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression guard: no logits are made a second time for the backward pass."""
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 13 * 3)
+    weight, states, reference = random(13, 5), random(9, 5).requires_grad_(), random(9, 5)
+    with profile() as found:
+        losses.kl_to_base(lambda h: h @ weight.T, states, lambda h: h @ weight.T, reference).sum().backward()
+    products = sum(event.count for event in found.key_averages() if event.key == "aten::mm")
+    assert products == 3 * 3 + 1  # both heads and the way back for 3 chunks; one row tells the vocabulary
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
