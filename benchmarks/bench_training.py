@@ -377,8 +377,10 @@ class Marks:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.model = 0.0
+        self._inside = 0
         self._entered = 0.0
         self._reached: float | None = None
+        self._backward = False
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -386,10 +388,14 @@ class Marks:
         return time.perf_counter()
 
     def _enter(self, *_: Any) -> None:
-        self._entered = self._now()
+        if self._inside == 0:
+            self._entered = self._now()
+        self._inside += 1
 
     def _leave(self, *_: Any) -> None:
-        self.model += self._now() - self._entered
+        self._inside -= 1
+        if self._inside == 0 and not self._backward:
+            self.model += self._now() - self._entered
 
     def _watch_gradient(self, _: nn.Module, __: Any, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]
@@ -404,9 +410,14 @@ class Marks:
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         stack = find_layers(model)
-        ends = [stack.layers[-1], *filter(None, [lm_head(stack)])]
-        hooks = [stack.root.register_forward_pre_hook(self._enter), stack.root.register_forward_hook(self._leave)]
-        hooks += [end.register_forward_hook(self._watch_gradient) for end in ends]
+        head = lm_head(stack)
+        heads = [] if head is None else [head]
+        hooks = []
+        for part in [stack.root, *heads]:  # the loss may call the head by itself
+            hooks += [part.register_forward_pre_hook(self._enter), part.register_forward_hook(self._leave)]
+        for part in heads:  # and go back through it while the logits are there
+            hooks += [part.register_full_backward_pre_hook(self._enter), part.register_full_backward_hook(self._leave)]
+        hooks += [end.register_forward_hook(self._watch_gradient) for end in [stack.layers[-1], *heads]]
         try:
             yield
         finally:
@@ -417,8 +428,9 @@ class Marks:
         """Seconds of one step."""
         begin = self._now()
         loss = step.loss(pairs)
-        self._reached = None
+        self._reached, self._backward = None, True
         step.backward(loss)
+        self._backward = False
         if self._reached is not None:
             self.model += self._now() - self._reached
         step.update()

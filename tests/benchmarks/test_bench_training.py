@@ -13,6 +13,8 @@ import torch
 bench_training = pytest.importorskip("bench_training")
 from bench_training import Size  # noqa: E402
 
+from seer.layers import find_layers, lm_head  # noqa: E402
+
 CPU = torch.device("cpu")
 STEPS = {"seer": bench_training.SeerStep, "reference": bench_training.PaperStep}
 PACKED = {"packed": partial(bench_training.SeerStep, packing=True)}
@@ -83,6 +85,30 @@ def test_the_share_outside_of_the_model(tmp_path):
     with marks.watch(step.model):
         seconds = marks.step(step, pairs)
     assert 0.2 * seconds < marks.model < seconds
+
+
+class TicksOfTheHead(bench_training.Marks):
+    """Marks by a clock that only a pass through the projection onto the vocabulary moves."""
+
+    ticks = 0
+
+    def _now(self):
+        return float(self.ticks)
+
+    def tick(self, *_):
+        self.ticks += 1
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_projection_onto_the_vocabulary_is_part_of_the_model(name, tmp_path):
+    step, pairs = setup(name, Size(1, 2), tmp_path)
+    marks = TicksOfTheHead(CPU)
+    head = lm_head(find_layers(step.model))
+    with marks.watch(step.model):
+        head.register_forward_hook(marks.tick, prepend=True)
+        head.register_full_backward_hook(marks.tick, prepend=True)
+        seconds = marks.step(step, pairs)
+    assert marks.model == seconds > 2
 
 
 def test_a_run_leaves_its_columns(tmp_path, monkeypatch):
