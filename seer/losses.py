@@ -150,15 +150,21 @@ def retain_transport(adapted: Sequence[Tensor], reference: Sequence[Tensor], mas
 
 
 def kl_to_base(
-    head: Head, states: Tensor, reference_head: Head, reference_states: Tensor, labels: Tensor | None = None
+    head: Head,
+    states: Tensor,
+    reference_head: Head,
+    reference_states: Tensor,
+    labels: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """How far the next-token distribution moved from the base model's, token by token.
 
     By default KL(p_base || p_adapted) over the full vocabulary, in nats: the paper's text speaks of a distance of the
     two distributions. With labels, the form of the paper's code: -p_base(y) log p_adapted(y) of the label y alone.
 
-    Logits exist for a few tokens at a time only. Beside a frozen head the gradient is formed while they do, and the
-    backward pass scales it; a head in training computes them once more there.
+    Logits exist for a few tokens at a time only. The gradient is formed while they do, and the backward pass scales it;
+    a head in training computes them once more there.
 
     Args:
         head: maps states [k, D] to logits [k, V].
@@ -166,11 +172,14 @@ def kl_to_base(
         reference_head: that of the base model; gets no gradient.
         reference_states: [K, D] of the base model.
         labels: (K,) int64, the tokens that follow.
+        recompute: compute logits once more in the backward pass whether or not the head is trained: no backward pass
+            through the head within the forward pass, which engines that shard weights (FSDP, ZeRO-3) do not survive.
 
     Returns:
         (K,), float32 (float64 for float64 logits).
     """
-    some_logits = head(states[:1].detach())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not recompute):
+        some_logits = head(states[:1].detach())
     rows = max(1, _CHUNK_ELEMENTS // some_logits.shape[-1])
 
     def divergence(states: Tensor, start: int) -> Tensor:
@@ -179,7 +188,7 @@ def kl_to_base(
             head, states, reference_head, reference_states[chunk], None if labels is None else labels[chunk]
         )
 
-    if not some_logits.requires_grad:
+    if not (recompute or some_logits.requires_grad):
         values: Tensor = _TokenwiseValues.apply(states, divergence, rows)  # type: ignore[no-untyped-call]
         return values
     return torch.cat(

@@ -39,6 +39,7 @@ class Objective:
         adapted_layers: how many layers are trained.
         base: the model as it was.
         autocast: makes the context of mixed precision in which models run.
+        sharded: whether an engine (FSDP, DeepSpeed) puts weights into place for every pass and takes them away after.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Objective:
         adapted_layers: int,
         base: BaseModel,
         autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        sharded: bool = False,
     ) -> None:
         self.config = config
         self.stack = stack
@@ -59,6 +62,7 @@ class Objective:
         )
         self.base = base
         self.autocast = autocast
+        self.sharded = sharded
         self.bank: MemoryBank | None = None
         """Keys of past batches; made at the first batch, whose sizes it has."""
         self.cache: ReferenceCache | None = None
@@ -233,7 +237,9 @@ class Objective:
         labels = None
         if self.config.kl_form == "label":
             labels = input_ids.roll(-1, dims=1)[head_at]
-        per_token = kl_to_base(Head(self.stack), states, self.base.head, reference, labels)  # [K]
+        per_token = kl_to_base(
+            Head(self.stack), states, self.base.head, reference, labels, recompute=self.sharded
+        )  # [K]
         row = head_at.nonzero()[:, 0]
         return per_token.new_zeros(len(head_at)).index_add(0, row, per_token)
 

@@ -191,7 +191,8 @@ class SeerTrainer(CheckpointingTrainer):
         )
         _require_wished_engine("FSDP", self.is_fsdp_enabled)
         _require_wished_engine("DEEPSPEED", self.is_deepspeed_enabled)
-        if args.grad_cache_chunk is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if args.grad_cache_chunk is not None and sharded:
             raise InputError(
                 "--grad_cache_chunk: expected none with FSDP or DeepSpeed, which reduce gradients in every backward "
                 f"pass; got {args.grad_cache_chunk}"
@@ -204,7 +205,13 @@ class SeerTrainer(CheckpointingTrainer):
         if args.torch_compile:
             compile_layers(self.stack, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.objective = Objective(
-            args, self.stack, self.target_layers, len(adapted_layers), self.base, self.accelerator.autocast
+            args,
+            self.stack,
+            self.target_layers,
+            len(adapted_layers),
+            self.base,
+            self.accelerator.autocast,
+            sharded=sharded,
         )
 
     def check_model(self) -> None:

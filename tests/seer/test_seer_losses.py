@@ -182,13 +182,19 @@ def plain_label_term(
 @pytest.mark.parametrize("chunk_elements", [1, 40, 2**22])
 @pytest.mark.parametrize("labels", [None, torch.arange(9) % 4])
 @pytest.mark.parametrize("head_is_trained", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
 def test_kl_is_the_divergence_from_the_base_over_the_whole_vocabulary(
-    chunk_elements: int, labels: Tensor | None, head_is_trained: bool, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int,
+    labels: Tensor | None,
+    head_is_trained: bool,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
     states, reference = random(9, 5, scale=2.0).requires_grad_(), random(9, 5, scale=2.0)
     weight, reference_weight = random(13, 5).requires_grad_(head_is_trained), random(13, 5)
-    values = losses.kl_to_base(lambda h: h @ weight.T, states, lambda h: h @ reference_weight.T, reference, labels)
+    heads = [lambda h, w=w: h @ w.T for w in (weight, reference_weight)]
+    values = losses.kl_to_base(heads[0], states, heads[1], reference, labels, recompute=recompute)
     operands = (weight, states, reference_weight, reference)
     expected = plain_kl(*operands) if labels is None else plain_label_term(*operands, labels)
     torch.testing.assert_close(values, expected)
