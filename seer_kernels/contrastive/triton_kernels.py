@@ -592,9 +592,6 @@ def _gradient(
     x_exists, x_factor, x_label = _side(i, X, x_scale, x_labels, weights, N, RULE, X_WEIGHTED)
     left = _load_features(x, program % blocks * BLOCK_X, X, d, D, BLOCK_X, EVEN)
     logit_factor = x_factor / tl.load(temperature)
-    slope_factor = logit_factor
-    if unit is not None:
-        slope_factor = logit_factor * tl.load(unit)
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     for start in range(0, Y, BLOCK_Y):
         j = start + tl.arange(0, BLOCK_Y)
@@ -604,7 +601,8 @@ def _gradient(
         logit = product * logit_factor[:, None] * y_factor[None, :]
         positive, negative = _classes(i, j, x_exists, y_exists, x_label, y_label, own_shift, RULE, SELF)
         slope = _slope(logit, positive, negative, i, j, x_anchors, y_anchors, tl.cast(P, tl.int64) * N, N, bias)
-        slope = (slope * slope_factor[:, None] * y_factor[None, :]).to(right.dtype)
+        slope_factor = y_factor if unit is None else y_factor * tl.load(unit)
+        slope = (slope * logit_factor[:, None] * slope_factor[None, :]).to(right.dtype)
         if gradient is not None:
             total = _dot(slope, right, total, PRECISION)
         if y_gradient is not None:
@@ -690,8 +688,7 @@ _tuned_gradients = _tuned(
 _tuned_multiply = _tuned(
     _multiply,
     ["bucket", "BLOCK_K"],
-    ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 2),
-    ({"BLOCK_X": 128, "BLOCK_Y": 64}, 8, 2),
+    ({"BLOCK_X": 64, "BLOCK_Y": 64}, 4, 4),
     ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 2),
     ({"BLOCK_X": 128, "BLOCK_Y": 128}, 8, 3),
     ({"BLOCK_X": 128, "BLOCK_Y": 256}, 8, 3),

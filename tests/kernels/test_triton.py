@@ -65,6 +65,7 @@ def test_kernels_compile_for_chips_that_are_not_here(target: str, case: triton_c
     assert binary.shared <= triton_compiler.SHARED_LIMITS[target]
     if target != "gfx942":  # its configurations are those tuned for NVIDIA's register file
         assert binary.spilled <= triton_compiler.allowed_spills(case)
+        assert binary.spills_in_loops == 0
     if target == "sm_90" and case.multiplies and case.dtype != torch.float32:
         assert "wgmma.mma_async" in binary.assembly
 
@@ -78,6 +79,7 @@ def test_transport_kernels_compile_for_chips_that_are_not_here(
     # Rows of 16384 costs take all registers; on sm_100 six more.
     longest = target == "sm_100" and dict(case.switches).get("COLUMNS") == transport.RESIDENT_COLUMNS
     assert binary.spilled <= (24 if longest else 0)
+    assert binary.spills_in_loops == 0
 
 
 def test_backends_say_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,13 +63,15 @@ class Binary(NamedTuple):
     """Bytes of shared memory."""
     spilled: int
     """Bytes of local memory per thread, where registers spill to."""
+    spills_in_loops: int
+    """Instructions within loops that read or write it; always 0 for AMD's chips, where they are not looked for."""
     assembly: str
 
 
 def _switches(kernel: str, target: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The sets of switches that a kernel is compiled with: the one that needs most registers first."""
     precision = {"PRECISION": "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"}
-    width = 64 if dtype == torch.float32 else 256
+    widths = [64, 32, 16] if dtype == torch.float32 else [256, 128, 64, 32, 16]  # features that kernels pad to
     unit = {} if dtype == torch.float16 else {"unit": None}
     pairs = {"bias": None, "RULE": 2, "SELF": False, "X_WEIGHTED": True, "Y_WEIGHTED": True}
     few = {**pairs, "RULE": 0, "X_WEIGHTED": False, "Y_WEIGHTED": False, "weights": None, "x_scale": None}
@@ -87,14 +89,15 @@ def _switches(kernel: str, target: str, dtype: torch.dtype) -> list[dict[str, An
         block = {**unit, "BLOCK_X": 16, "BLOCK_Y": 128}
         return [{**block, **pairs}, {**block, **few, "y_anchors": None}, {**block, **sigmoid, "y_anchors": None}]
     if kernel in ("gradient", "gradients"):
-        wide = width if kernel == "gradient" else triton_kernels.ADDED_BYTES // dtype.itemsize
+        if kernel == "gradients":
+            widths = [block for block in widths if block * dtype.itemsize <= triton_kernels.ADDED_BYTES]
         uses = [pairs, {**few, "y_anchors": None}, {**sigmoid, "x_anchors": None}]
         uses = [*uses, alone] if kernel == "gradient" else [*uses, {**pairs, "gradient": None}]
         return [
             {**precision, **unit, **each, "EVEN": even, "BLOCK_D": block}
             | ({"y_gradient": None} if kernel == "gradient" else {})
             for each in uses
-            for even, block in ((True, wide), (False, wide // 2), (True, 16))
+            for even, block in [(True, block) for block in widths] + [(False, widths[0])]
         ]
     if kernel == "statistics":
         alone_rows = {**alone, "column_parts": None}
@@ -102,8 +105,8 @@ def _switches(kernel: str, target: str, dtype: torch.dtype) -> list[dict[str, An
             {**precision, **each, **block, "BLOCK_X": 64}
             for each in (pairs, {**few, "column_parts": None}, {**sigmoid, "column_parts": None}, alone_rows)
             for block in (
-                {"products": None, "EVEN": True, "BLOCK_D": width},
-                {"products": None, "EVEN": False, "BLOCK_D": 16},
+                *({"products": None, "EVEN": True, "BLOCK_D": features} for features in widths),
+                {"products": None, "EVEN": False, "BLOCK_D": widths[0]},
                 {"EVEN": False, "BLOCK_D": 16},
             )
         ]
@@ -153,11 +156,11 @@ def _usable(kernel: str, target: str, switches: dict[str, Any], dtype: torch.dty
 
 
 def allowed_spills(case: Case) -> int:
-    """Bytes. A product of 128 x 256 that adds holds all accumulators and addresses of them at once before its loop:
-    some registers wait in local memory meanwhile (none within the loop, says the disassembly for sm_90)."""
+    """Bytes that may wait in local memory while a loop runs. A product of 128 x 256 that adds holds all accumulators
+    and addresses of them at once before its loop. Elsewhere the compiler puts up to four registers aside."""
     if case.kernel != "multiply" or ("ADD", True) not in case.switches:
-        return 0
-    return 288 if _kernel_and_config(case)[1].kwargs["BLOCK_Y"] == 256 else 0
+        return 16
+    return 288 if _kernel_and_config(case)[1].kwargs["BLOCK_Y"] == 256 else 16
 
 
 def compile_case(case: Case, target: str) -> Binary:
@@ -196,8 +199,10 @@ def _compiled(
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         spilled = 4 * sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", assembly))
-        return Binary(compiled.metadata.shared, spilled, assembly)
-    return Binary(compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"]), compiled.asm["ptx"])
+        return Binary(compiled.metadata.shared, spilled, 0, assembly)
+    cubin = compiled.asm["cubin"]
+    spilled = _stack_bytes(cubin)
+    return Binary(compiled.metadata.shared, spilled, _spills_in_loops(cubin) if spilled else 0, compiled.asm["ptx"])
 
 
 def _kernel_and_config(case: Case) -> tuple[Any, Any]:
@@ -209,12 +214,27 @@ def _kernel_and_config(case: Case) -> tuple[Any, Any]:
 
 def _stack_bytes(cubin: bytes) -> int:
     """Bytes of local memory: where registers spill to."""
+    return max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
+
+
+def _spills_in_loops(cubin: bytes) -> int:
+    """Instructions that read or write local memory between the target of a branch and a branch back to it."""
+    disassembly = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", cubin))
+    instructions = [(int(address, 16), text) for address, text in disassembly]
+    branches = [(at, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for at, text in instructions]
+    loops = [(int(to[1], 16), at) for at, to in branches if to is not None and int(to[1], 16) < at]
+    spills = [at for at, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
+    assert loops, "a kernel that spills: expected a loop in its disassembly"
+    assert spills, "a kernel that spills: expected loads and stores of local memory in its disassembly"
+    return sum(any(begin <= at <= end for begin, end in loops) for at in spills)
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 class TransportCase(NamedTuple):
