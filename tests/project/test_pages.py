@@ -70,6 +70,8 @@ def run(folder: Path, where: str, *script: str) -> None:
     command, output = ["bash", "-exc", *script], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=folder, env=environment, text=True, check=False, **output)
     print(where, done.stdout, sep="\n")
+    if done.returncode and "operator torchvision::nms does not exist" in done.stdout:
+        pytest.skip(f"{where}: pip found torch and torchvision of different builds here (CPU and CUDA)")
     assert done.returncode == 0, where
 
 
