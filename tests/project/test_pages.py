@@ -87,7 +87,7 @@ def bring_what_training_asks_for(folder: Path) -> None:
     for name in ("concepts.csv", "more.csv"):
         write_csv(folder / name, [("prompt", "response", "concept"), *rows])
     for name, concept in (("unsafe.csv", "weapons"), ("safe.csv", "safe")):
-        write_csv(folder / name, [("text",), *((prompt,) for prompt in prompts[concept])])
+        write_csv(folder / name, [("prompt",), *((prompt,) for prompt in prompts[concept])])
     chats = (json.dumps({"prompt": prompt, "response": response}) for prompt, response, _ in rows)
     (folder / "chat.jsonl").write_text("\n".join(chats), encoding="utf-8")
     (options,) = blocks("docs/training.md", "yaml")
