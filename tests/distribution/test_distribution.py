@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -57,8 +58,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel for the CPU, built from the source distribution alone."""
-    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+    """A wheel for the CPU, built from the source distribution alone, in a copy: a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return build("wheel", shutil.copytree(unpacked, folder / "source"), folder)
 
 
 def test_the_source_distribution_holds_all_that_a_build_needs(unpacked: Path) -> None:
