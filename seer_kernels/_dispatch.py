@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,8 @@ AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference"
 
 DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
 """The dtypes of features of the backends that do not take all of them."""
+
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ def _native_status() -> BackendStatus:
     try:
         from seer_kernels import _native
     except ImportError as error:
-        return BackendStatus("native", (), f"the compiled module seer_kernels._native cannot be imported: {error}")
+        reason = f"the compiled module seer_kernels._native cannot be imported: {error}"
+        if (_ROOT / "setup.py").exists():
+            reason += f"; {_ROOT} holds the sources: run in another folder what is installed, or pip install -e {_ROOT}"
+        return BackendStatus("native", (), reason)
     if not _native.cuda_architectures:
         return BackendStatus("native", ("cpu",), "no cuda: the native module was built without nvcc")
     if not torch.cuda.is_available():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,6 +272,17 @@ def test_missing_backend_is_named_and_auto_goes_on(monkeypatch: pytest.MonkeyPat
     assert torch.isfinite(info_nce(query, key)).all()
     with pytest.raises(RuntimeError, match=r"backend='native' cannot run on cpu: .*not built.*'reference'"):
         info_nce(query, key, backend="native")
+
+
+def test_sources_that_hide_what_is_installed_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `python -m seer_kernels.info` finds them in a clone, whose folder comes first on the path."""
+    monkeypatch.setitem(sys.modules, "seer_kernels._native", None)
+    monkeypatch.delattr(seer_kernels, "_native", raising=False)
+    monkeypatch.setattr(_dispatch, "_ROOT", tmp_path)
+    assert "cannot be imported" in _dispatch._native_status.__wrapped__().reason
+    assert str(tmp_path) not in _dispatch._native_status.__wrapped__().reason
+    (tmp_path / "setup.py").touch()
+    assert f"{tmp_path} holds the sources: run in another folder" in _dispatch._native_status.__wrapped__().reason
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
