@@ -122,6 +122,7 @@ if ((rehearse)); then
     bench bench_training 60 bench_training.py --sizes 1x2 --model demo --data seer/demo/concepts.csv --providers seer
     left_out bench_loss-bfloat16 "as bench_loss in a rehearsal"
     left_out bench_self "as bench_loss in a rehearsal"
+    left_out bench_explaining "compiles nothing and has no kernels"
 else
     bench bench_loss 70 bench_loss.py --sizes 3x32x4096 256x4096 4096x1024 8192x256 clip:4096x1024
     bench bench_loss-bfloat16 70 bench_loss.py --dtype bfloat16 \
@@ -130,6 +131,7 @@ else
     bench bench_sinkhorn 60 bench_sinkhorn.py \
         --sizes equal:64x100x256 equal:1024x16x64 equal:8x512x64 mixed:64x100x32 squared:1x2048x64
     bench bench_training 60 bench_training.py --sizes 1x8 3x8:full
+    bench bench_explaining 40 bench_explaining.py --sizes 1x100
     bench bench_memory 40 bench_memory.py --sizes info_nce:{8192,16384} clip:{8192,16384} sup_con:{8192,16384}
     bench bench_self 50 bench_self.py --sizes sup_con:512x4096 sup_con:8192x1024 nt_xent:8192x256
 fi

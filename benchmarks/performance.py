@@ -24,6 +24,7 @@ TITLES = {
     "bench_sinkhorn": "Optimal transport",
     "bench_memory": "Memory by size",
     "bench_training": "Training steps",
+    "bench_explaining": "Explaining a generation",
 }
 INTRODUCTION = """\
 # Performance
