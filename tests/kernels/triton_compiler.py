@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import networkx
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -163,7 +164,7 @@ def allowed_spills(case: Case) -> int:
     return 288 if _kernel_and_config(case)[1].kwargs["BLOCK_Y"] == 256 else 16
 
 
-def compile_case(case: Case, target: str) -> Binary:
+def compile_case(case: Case, target: str, **options: int) -> Binary:
     kernel, config = _kernel_and_config(case)
     constants = {**dict(case.switches), **config.kwargs}
     signature, attributes = {}, {}
@@ -182,7 +183,7 @@ def compile_case(case: Case, target: str) -> Binary:
             signature[name] = _TYPES[case.dtype] if name in _FEATURES else "*i32" if name in _LABELS else "*fp32"
         if name not in _UNALIGNED:  # sizes that are multiples of 16: what the launcher promises of such
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **options}
     return _compiled(kernel, signature, constants, attributes, target, options)
 
 
@@ -218,15 +219,25 @@ def _stack_bytes(cubin: bytes) -> int:
 
 
 def _spills_in_loops(cubin: bytes) -> int:
-    """Instructions that read or write local memory between the target of a branch and a branch back to it."""
+    """Instructions that read or write local memory and from which the program can come back to them."""
     disassembly = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", cubin))
-    instructions = [(int(address, 16), text) for address, text in disassembly]
-    branches = [(at, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for at, text in instructions]
-    loops = [(int(to[1], 16), at) for at, to in branches if to is not None and int(to[1], 16) < at]
+    instructions = [(int(address, 16), text.strip()) for address, text in disassembly]
+    following = dict(zip([at for at, _ in instructions], [at for at, _ in instructions[1:]], strict=False))
+    returns = [following[at] for at, text in instructions if "CALL" in text]
+    flow = networkx.DiGraph()
+    for at, text in instructions:
+        jump = re.search(r"\b(?:BRA|CALL|BSSY)\b.*?(0x[0-9a-f]+)", text)
+        if jump:
+            flow.add_edge(at, int(jump[1], 16))
+        if re.search(r"\bRET\b", text):
+            flow.add_edges_from((at, back) for back in returns)
+        if at in following and not re.match(r"(BRA|EXIT|RET|CALL)(\.\w+)*( 0x|$)", text):
+            flow.add_edge(at, following[at])
+    looping = set().union(*(part for part in networkx.strongly_connected_components(flow) if len(part) > 1))
     spills = [at for at, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
-    assert loops, "a kernel that spills: expected a loop in its disassembly"
+    assert looping, "a kernel that spills: expected a loop in its disassembly"
     assert spills, "a kernel that spills: expected loads and stores of local memory in its disassembly"
-    return sum(any(begin <= at <= end for begin, end in loops) for at in spills)
+    return sum(at in looping for at in spills)
 
 
 def _cuobjdump(option: str, cubin: bytes) -> str:
