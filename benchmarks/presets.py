@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import pandas
@@ -143,7 +144,11 @@ def page(lines: Sequence[dict[str, str]]) -> str:
         "paper's code, `default` ours. A seed decides which fifth of the texts is held out, and how training goes. "
         "Figures are of held-out texts at the target layer unless they say otherwise, mean and standard deviation over "
         "the seeds, base model and trained model; `better` counts the seeds whose figure moved the right way, where "
-        "there is one. What each measure is: `help(seer.metrics)` and `help(seer.generalization)`."
+        "there is one. What each measure is: `help(seer.metrics)` and `help(seer.generalization)`; seeds of a bound "
+        "that does not exist, because half of the training texts or more are told wrongly, are left out.\n\n"
+        "The base model's states lie in a narrow cone: all cosines are above 0.9. Training opens it, so distances grow "
+        "within concepts too, and with them the k-variance. The distance between concepts grows more: over it, the "
+        "k-variance falls."
     ]
     for data in dict.fromkeys(line["data"] for line in lines):
         of_data = [line for line in lines if line["data"] == data]
@@ -170,18 +175,22 @@ def page(lines: Sequence[dict[str, str]]) -> str:
 
 
 def _better(lines: Sequence[dict[str, str]], rises: bool | None) -> str:
-    if rises is None or not lines:
+    changes = _numbers([float(line["seer"]) - float(line["base"]) for line in lines])
+    if rises is None or not changes:
         return ""
-    changes = [float(line["seer"]) - float(line["base"]) for line in lines]
     return f"{sum(change > 0 if rises else change < 0 for change in changes)} of {len(changes)}"
 
 
 def _spread(values: Sequence[str]) -> str:
-    numbers: list[Any] = [float(value) for value in values]
+    numbers = _numbers(map(float, values))
     if not numbers:
-        return ""
+        return "-" if values else ""
     spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.4g}{spread}"
+
+
+def _numbers(values: Iterable[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -30,6 +30,8 @@ def test_a_row_tells_both_presets_and_how_many_seeds_moved_the_right_way() -> No
             line("default", 2, "knn_accuracy", 0.25, 0.5),
             line("default", 1, "k_variance", 1.0, 0.5),
             line("default", 1, "kl", 0.0, 0.125),
+            line("default", 1, "bound", float("nan"), 3.0),
+            line("default", 2, "bound", 5.0, 3.0),
         ]
     )
     assert "seeds 1, 2; 8 steps with `reference`, 2 steps with `default`" in page
@@ -37,3 +39,4 @@ def test_a_row_tells_both_presets_and_how_many_seeds_moved_the_right_way() -> No
     assert rows["| k-NN accuracy"] == "| k-NN accuracy | 0.375 ± 0.18 | 0.5 ± 0.35 | 1 of 2 | 0.625 ± 0.18 | 2 of 2 |"
     assert rows["| k-variance, training texts"] == "| k-variance, training texts | 1 |  |  | 0.5 | 1 of 1 |"
     assert rows["| KL to the base model, nats per token"].endswith("| 0 |  |  | 0.125 |  |")
+    assert rows["| bound of the share of errors"] == "| bound of the share of errors | 5 |  |  | 3 ± 0 | 1 of 1 |"
