@@ -308,8 +308,9 @@ class ConceptExplainer:
         flags = [flag for each in monitors.values() for flag in each.flags[recorder.flags_before[id(each)] :]]
         explanations = []
         cosines = torch.stack(recorder.cosines).cpu()  # [T, L, R, C]
-        for row, (sequence, end) in enumerate(zip(output.tolist(), recorder.ends(), strict=True)):
-            ids = sequence[prompt_length : prompt_length + end]
+        answers = output[:, prompt_length:].tolist()
+        for row, (answer, end) in enumerate(zip(answers, recorder.ends(answers), strict=True)):
+            ids = answer[:end]
             explanations.append(
                 Explanation(
                     ids,
@@ -513,9 +514,11 @@ class _Recorder(StoppingCriteria):
         self._newest = newest
         self._criteria = criteria
         device = next(explainer.stack.root.parameters()).device
-        self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
+        self._eos = set(eos_token_ids)
         self._rows = rows
-        self._end = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of rows that ended, else 0
+        self._stopped = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of rows that a criterion stopped
+        self._goes_on = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._told_end = [False] * rows
         self._on_token = on_token
         self._splitters = [_Splitter(explainer.tokenizer) for _ in range(rows)]
 
@@ -526,23 +529,31 @@ class _Recorder(StoppingCriteria):
             raise InputError(f"expected generation of {self._rows} rows, got states of {cosines.shape[1]}: no beams")
         self.cosines.append(cosines)
         if self._on_token is not None:
-            self._tell(input_ids[:, -1].tolist(), cosines.cpu(), (self._end > 0).tolist())
-        ended = torch.isin(input_ids[:, -1], self._eos)
-        for criterion in self._criteria:
-            ended = ended | criterion(input_ids, scores, **kwargs)
-        self._end = torch.where((self._end == 0) & ended, len(self.cosines), self._end)
+            self._tell(input_ids[:, -1].tolist(), cosines.cpu())
+        stop = self._goes_on  # at end tokens `generate` stops by itself
+        if self._criteria:
+            for criterion in self._criteria:
+                stop = stop | criterion(input_ids, scores, **kwargs)
+            self._stopped = torch.where((self._stopped == 0) & stop, len(self.cosines), self._stopped)
+            stop = self._stopped > 0
         self.seconds += perf_counter() - started
-        return self._end > 0
+        return stop
 
-    def ends(self) -> list[int]:
-        """Tokens of every row."""
-        return [end or len(self.cosines) for end in self._end.tolist()]
+    def ends(self, answers: list[list[int]]) -> list[int]:
+        """Tokens of every row up to its end token (included), or where a criterion stopped it."""
+        found = []
+        for answer, stopped in zip(answers, self._stopped.tolist(), strict=True):
+            end = next((place + 1 for place, token_id in enumerate(answer) if token_id in self._eos), len(self.cosines))
+            found.append(min(end, stopped or end))
+        return found
 
-    def _tell(self, token_ids: list[int], cosines: Tensor, ended: list[bool]) -> None:
+    def _tell(self, token_ids: list[int], cosines: Tensor) -> None:
         assert self._on_token is not None
+        stopped = self._stopped.tolist() if self._criteria else self._told_end
         for row, (token_id, splitter) in enumerate(zip(token_ids, self._splitters, strict=True)):
-            if ended[row]:
+            if self._told_end[row] or stopped[row]:
                 continue
+            self._told_end[row] = token_id in self._eos
             layers = {
                 layer: self._explainer._score(layer, cosines[n, row : row + 1], "token")
                 for n, layer in enumerate(self._explainer.layers)

@@ -38,6 +38,8 @@ def test_a_run_compares_with_generate(tmp_path, monkeypatch):
         rows = {row["provider"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"plain", "stream", "explained"}
     assert {row["status"] for row in rows.values()} == {"ok"}
+    assert rows["plain"]["share_reading"] == ""
+    assert all(0 < float(rows[name]["share_reading"]) < 1 for name in ("stream", "explained"))
 
 
 def test_layers_that_are_not_there():
