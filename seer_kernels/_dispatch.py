@@ -42,10 +42,10 @@ def _native_status() -> BackendStatus:
     try:
         from seer_kernels import _native
     except ImportError as error:
-        reason = f"the compiled module seer_kernels._native cannot be imported: {error}"
+        why = str(error)
         if (_ROOT / "setup.py").exists():
-            reason += f"; {_ROOT} holds the sources: run in another folder what is installed, or pip install -e {_ROOT}"
-        return BackendStatus("native", (), reason)
+            why += f"; {_ROOT} holds the sources: run in another folder what is installed, or pip install -e {_ROOT}"
+        return BackendStatus("native", (), f"the compiled module seer_kernels._native cannot be imported: {why}")
     if not _native.cuda_architectures:
         return BackendStatus("native", ("cpu",), "no cuda: the native module was built without nvcc")
     if not torch.cuda.is_available():
