@@ -145,10 +145,8 @@ def page(lines: Sequence[dict[str, str]]) -> str:
         "Figures are of held-out texts at the target layer unless they say otherwise, mean and standard deviation over "
         "the seeds, base model and trained model; `better` counts the seeds whose figure moved the right way, where "
         "there is one. What each measure is: `help(seer.metrics)` and `help(seer.generalization)`; seeds of a bound "
-        "that does not exist, because half of the training texts or more are told wrongly, are left out.\n\n"
-        "The base model's states lie in a narrow cone: all cosines are above 0.9. Training opens it, so distances grow "
-        "within concepts too, and with them the k-variance. The distance between concepts grows more: over it, the "
-        "k-variance falls."
+        "that does not exist, because half of the training texts or more are told wrongly, are left out. What to make "
+        "of it: [The method](method.md#what-to-watch)."
     ]
     for data in dict.fromkeys(line["data"] for line in lines):
         of_data = [line for line in lines if line["data"] == data]

@@ -549,7 +549,7 @@ class _Recorder(StoppingCriteria):
 
     def _tell(self, token_ids: list[int], cosines: Tensor) -> None:
         assert self._on_token is not None
-        stopped = self._stopped.tolist() if self._criteria else self._told_end
+        stopped = self._stopped.tolist()
         for row, (token_id, splitter) in enumerate(zip(token_ids, self._splitters, strict=True)):
             if self._told_end[row] or stopped[row]:
                 continue

@@ -227,6 +227,19 @@ def test_kl_in_low_precision_is_that_of_the_rounded_logits(dtype: torch.dtype) -
     assert gradient.dtype == dtype
 
 
+def test_kl_keeps_small_gradients_of_float16() -> None:
+    """Unscaled they would lie among float16's few subnormal numbers; a gradient scaler comes from above."""
+    logits = torch.randn(4, 10_000).half()
+    reference = (logits + 0.01 * torch.randn(4, 10_000)).half()
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        states = logits.to(dtype).requires_grad_()
+        values = losses.kl_to_base(torch.nn.Identity(), states, torch.nn.Identity(), reference.to(dtype))
+        gradients += torch.autograd.grad(values.sum(), states, torch.tensor(2.0**12))
+    ours, exact = gradients
+    assert (ours.double() - exact).norm() < 2e-3 * exact.norm()
+
+
 class _LargestTensor(TorchDispatchMode):
     """Records the most elements that any tensor had."""
 
