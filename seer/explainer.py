@@ -146,7 +146,7 @@ class ConceptExplainer:
         device = next(self.stack.root.parameters()).device
         self.prototypes = replace(prototypes, layers={n: prototypes.layers[n].to(device) for n in self.layers})
         self.calibration = calibration
-        self.temperature = temperature
+        self._fits = {scope: self._fit(temperature, scope) for scope in get_args(Scope)}
         self.position = position
         self.pad_token_id = pad_token_id(tokenizer)
         """Fills up short rows."""
@@ -225,24 +225,20 @@ class ConceptExplainer:
             with self._reading() as newest, without_dropout(self.model):
                 self.stack.root.base_model(**inputs)
                 passed = perf_counter()
-                cosines = {layer: newest.cosines(layer, whole=True).cpu() for layer in self.layers}  # [R, T, C]
-                wholes = {
-                    layer: self.prototypes.similarity(layer, representations([states], *where)[0, 0]).cpu()
-                    for layer, states in newest.states.items()
-                }  # [R, C]
+                states = {layer: newest.states[layer] for layer in self.layers}
+                texts_as_wholes = {layer: representations([each], *where)[0, 0] for layer, each in states.items()}
+                cosines = self._cosines(states)  # [L, R, T, C]
+                wholes = self._cosines(texts_as_wholes)  # [L, R, C]
                 stands = has_positions(*where)[0].tolist()
-            batch = []
-            for index, row in enumerate(chosen):
-                parts = {layer: values[index, : len(row.ids)] for layer, values in cosines.items()}
-                whole = {layer: self._score(layer, values[index][None], "text") for layer, values in wholes.items()}
-                batch.append(
-                    Explanation(
-                        row.ids,
-                        pieces[index],
-                        {layer: self._score(layer, part, "token") for layer, part in parts.items()},
-                        text=whole if stands[index] else None,
-                    )
+            batch = [
+                Explanation(
+                    row.ids,
+                    pieces[index],
+                    self._score(cosines[:, index, : len(row.ids)], "token"),
+                    text=self._score(wholes[:, index, None], "text") if stands[index] else None,
                 )
+                for index, row in enumerate(chosen)
+            ]
             overhead = (perf_counter() - passed) / (passed - started)
             explanations += [replace(explanation, overhead=overhead) for explanation in batch]
         return explanations
@@ -315,7 +311,7 @@ class ConceptExplainer:
                 Explanation(
                     ids,
                     split_text(self.tokenizer, ids),
-                    {layer: self._score(layer, cosines[:end, n, row], "token") for n, layer in enumerate(self.layers)},
+                    self._score(cosines[:end, :, row].transpose(0, 1), "token"),
                     prompt=prompts[row // copies],
                     flags=[replace(flag, position=flag.position - prompt_length) for flag in flags if flag.row == row],
                     overhead=recorder.seconds / (seconds - recorder.seconds),
@@ -324,26 +320,25 @@ class ConceptExplainer:
         return explanations
 
     def stream(self, prompt: str, **options: Any) -> Iterator[TokenScores]:
-        """Yield every token of one answer with its scores while the model writes on.
+        """Yield every token of one answer with its scores while the model writes on, in a thread of its own.
+
+        `generate` with `on_token` does the same for a function that takes the tokens, and needs no thread.
 
         Args:
             prompt: a request.
             **options: as for `generate`. Leaving the loop early stops the generation.
         """
-        tokens: queue.Queue[TokenScores | BaseException | None] = queue.Queue()
+        tokens: queue.SimpleQueue[TokenScores | BaseException | None] = queue.SimpleQueue()
         left = threading.Event()
 
-        class StopWhenLeft(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-                return torch.full((len(input_ids),), left.is_set(), device=input_ids.device)
-
-        criteria = [*options.pop("stopping_criteria", ()), StopWhenLeft()]
+        def hand_over(_: int, token: TokenScores) -> None:
+            if left.is_set():
+                raise GeneratorExit
+            tokens.put(token)
 
         def work() -> None:
             try:
-                self.generate(
-                    [prompt], on_token=lambda _, token: tokens.put(token), stopping_criteria=criteria, **options
-                )
+                self.generate([prompt], on_token=hand_over, **options)
                 tokens.put(None)
             except BaseException as error:  # raised again where the tokens are read
                 tokens.put(error)
@@ -399,6 +394,14 @@ class ConceptExplainer:
             )
         return list(ids)
 
+    def _fit(self, temperature: float, scope: Scope) -> tuple[Tensor, Tensor]:
+        """The temperature of every layer, [L, 1, 1], and the cosine below which its answer is "unknown", [L, 1]."""
+        known = {} if self.calibration is None else self.calibration.layers
+        fits = [known[layer][scope] if layer in known else None for layer in self.layers]
+        temperatures = [temperature if fit is None else fit.temperature for fit in fits]
+        unknown_below = [float("-inf") if fit is None else fit.unknown_below for fit in fits]
+        return torch.tensor(temperatures)[:, None, None], torch.tensor(unknown_below)[:, None]
+
     @contextmanager
     def _reading(self) -> Iterator[_Pass]:
         """Inside, every pass of the model is read. May be entered again inside."""
@@ -412,14 +415,16 @@ class ConceptExplainer:
             finally:
                 self._pass = None
 
-    def _score(self, layer: int, cosines: Tensor, scope: Scope) -> LayerScores:
-        """[T, C] cosines -> scores."""
-        temperature, unknown_below = self.temperature, float("-inf")
-        if self.calibration is not None and layer in self.calibration.layers:
-            fit = self.calibration.layers[layer][scope]
-            temperature, unknown_below = fit.temperature, fit.unknown_below
+    def _cosines(self, states: dict[int, Tensor]) -> Tensor:
+        """Layer -> [..., D] to [L, ..., C] on the CPU."""
+        return torch.stack([self.prototypes.similarity(layer, each).cpu() for layer, each in states.items()])
+
+    def _score(self, cosines: Tensor, scope: Scope) -> dict[int, LayerScores]:
+        """[L, T, C] cosines on the CPU -> the scores of every layer."""
+        temperature, unknown_below = self._fits[scope]
         scores = (cosines / temperature).softmax(-1)
-        return LayerScores(self.concepts, cosines, scores, cosines.amax(-1) < unknown_below)
+        parts = (cosines.unbind(), scores.unbind(), (cosines.amax(-1) < unknown_below).unbind())
+        return {layer: LayerScores(self.concepts, *of) for layer, *of in zip(self.layers, *parts, strict=True)}
 
 
 class ConceptMonitor(StoppingCriteria):
@@ -456,10 +461,10 @@ class ConceptMonitor(StoppingCriteria):
         newest = self._explainer._pass
         if newest is None:
             raise InputError("monitor: expected generation by the explainer, or inside `with monitor:`; got neither")
-        cosines = newest.cosines(self.layer)
-        if len(cosines) != len(input_ids):
-            raise InputError(f"monitor: expected a state per row ({len(input_ids)}), got {len(cosines)}: no beams")
-        reached = self._explainer._score(self.layer, cosines, "token").scores[:, self._column]  # (R,)
+        cosines = newest.cosines()
+        if cosines.shape[1] != len(input_ids):
+            raise InputError(f"monitor: expected a state per row ({len(input_ids)}), got {cosines.shape[1]}: no beams")
+        reached = self._explainer._score(cosines.cpu(), "token")[self.layer].scores[:, self._column]  # (R,)
         # What a pass gives for an end or padding token explains nothing that anybody reads.
         text = ~torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
         seen = (reached >= self.level) & text.to(reached.device)
@@ -471,27 +476,27 @@ class ConceptMonitor(StoppingCriteria):
 
 
 class _Pass:
-    """The newest forward pass, and its cosines, each computed once."""
+    """The newest forward pass, and its cosines, computed once."""
 
     def __init__(self, reader: LayerReader, prototypes: Prototypes) -> None:
         self._reader = reader
-        self._prototypes = prototypes
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._directions = torch.stack([prototypes.layers[layer] for layer in reader.layers]).mT  # [L, D, C]
+        self._known: tuple[Tensor, Tensor] | None = None
 
     @property
     def states(self) -> dict[int, Tensor]:
         """Layer -> [R, T, D]."""
         return self._reader.states
 
-    def cosines(self, layer: int, *, whole: bool = False) -> Tensor:
-        """To every prototype, at the last token, [R, C], or at all, [R, T, C]."""
-        states = self._reader.states[layer]
-        if whole:
-            return self._prototypes.similarity(layer, states)
-        known = self._known.get(layer)
-        if known is None or known[0] is not states:
-            known = self._known[layer] = (states, self._prototypes.similarity(layer, states[:, -1]))
-        return known[1]
+    def cosines(self) -> Tensor:
+        """At the last token of every row to every prototype, [L, R, C]."""
+        states = [self._reader.states[layer] for layer in self._reader.layers]
+        if self._known is None or self._known[0] is not states[-1]:
+            # All layers at once: on small models the operations' own overhead is what reading costs.
+            last = torch.stack([each[:, -1].to(self._directions) for each in states])  # [L, R, D]
+            lengths = torch.linalg.vector_norm(last, dim=-1, keepdim=True).clamp_min(1e-12)
+            self._known = (states[-1], last @ self._directions / lengths)
+        return self._known[1]
 
 
 class _Recorder(StoppingCriteria):
@@ -524,12 +529,12 @@ class _Recorder(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         started = perf_counter()
-        cosines = torch.stack([self._newest.cosines(layer) for layer in self._explainer.layers])
+        cosines = self._newest.cosines()
         if cosines.shape[1] != self._rows or len(input_ids) != self._rows:
             raise InputError(f"expected generation of {self._rows} rows, got states of {cosines.shape[1]}: no beams")
         self.cosines.append(cosines)
         if self._on_token is not None:
-            self._tell(input_ids[:, -1].tolist(), cosines.cpu())
+            self._tell(input_ids[:, -1].tolist(), cosines.cpu().tensor_split(self._rows, dim=1))
         stop = self._goes_on  # at end tokens `generate` stops by itself
         if self._criteria:
             for criterion in self._criteria:
@@ -547,18 +552,15 @@ class _Recorder(StoppingCriteria):
             found.append(min(end, stopped or end))
         return found
 
-    def _tell(self, token_ids: list[int], cosines: Tensor) -> None:
+    def _tell(self, token_ids: list[int], cosines: Sequence[Tensor]) -> None:
         assert self._on_token is not None
-        stopped = self._stopped.tolist()
-        for row, (token_id, splitter) in enumerate(zip(token_ids, self._splitters, strict=True)):
+        stopped = self._stopped.tolist() if self._criteria else [0] * self._rows
+        for row, token_id in enumerate(token_ids):
             if self._told_end[row] or stopped[row]:
                 continue
             self._told_end[row] = token_id in self._eos
-            layers = {
-                layer: self._explainer._score(layer, cosines[n, row : row + 1], "token")
-                for n, layer in enumerate(self._explainer.layers)
-            }
-            token = TokenScores(token_id, splitter.add(token_id), layers)
+            layers = self._explainer._score(cosines[row], "token")
+            token = TokenScores(token_id, self._splitters[row].add(token_id), layers)
             called = perf_counter()
             self._on_token(row, token)
             self.seconds -= perf_counter() - called  # what the caller does with it is the caller's

@@ -21,9 +21,10 @@ def the_demo(monkeypatch):
     bench_explaining.BENCHMARK.forget()
 
 
-def test_other_tokens_fail_the_check():
+@pytest.mark.parametrize("name", ["streamed", "iterated", "plain_iterated"])
+def test_other_tokens_fail_the_check(name):
     case = bench_explaining.make_case(Size(1, 4), torch.float32, CPU)
-    provider = bench_explaining.make_providers()["stream"]
+    provider = bench_explaining.make_providers()[name]
     outputs = provider.prepare(case)(bench_explaining.PROMPTS[0])
     assert outputs.value.shape == (4,)
     assert provider.check(case, bench_explaining.PROMPTS[0], outputs).passed
@@ -36,10 +37,10 @@ def test_a_run_compares_with_generate(tmp_path, monkeypatch):
     assert bench_explaining.main(["--sizes", "2x3", "--out", str(tmp_path), "--model", "demo"]) == 0
     with (tmp_path / "bench_explaining-partial.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {"plain", "stream", "explained"}
+    assert rows.keys() == {"plain", "streamed", "explained", "iterated", "plain_iterated"}
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows["plain"]["share_reading"] == ""
-    assert all(0 < float(rows[name]["share_reading"]) < 1 for name in ("stream", "explained"))
+    assert all(0 < float(rows[name]["share_reading"]) < 1 for name in ("streamed", "explained"))
 
 
 def test_layers_that_are_not_there():
