@@ -123,6 +123,7 @@ if ((rehearse)); then
     left_out bench_loss-bfloat16 "as bench_loss in a rehearsal"
     left_out bench_self "as bench_loss in a rehearsal"
     left_out bench_explaining "compiles nothing and has no kernels"
+    left_out bench_scaling "as bench_loss in a rehearsal"
 else
     bench bench_loss 70 bench_loss.py --sizes 3x32x4096 256x4096 4096x1024 8192x256 clip:4096x1024
     bench bench_loss-bfloat16 70 bench_loss.py --dtype bfloat16 \
@@ -134,6 +135,7 @@ else
     bench bench_explaining 40 bench_explaining.py --sizes 1x100
     bench bench_memory 40 bench_memory.py --sizes info_nce:{8192,16384} clip:{8192,16384} sup_con:{8192,16384}
     bench bench_self 50 bench_self.py --sizes sup_con:512x4096 sup_con:8192x1024 nt_xent:8192x256
+    bench bench_scaling 30 bench_scaling.py --sizes rows:{2048,8192,32768} features:{256,1024,4096} problems:{1,16,256}
 fi
 
 total=$(printf '%-26s %-9s %5s\n' "in all" "" "$SECONDS")

@@ -106,7 +106,8 @@ class Provider:
     compiles: bool = False
     """Whether its first call compiles: that call is neither timed nor is its memory taken. On CUDA all do."""
     detail: Callable[[Case, Sequence[Any]], Mapping[str, float]] = lambda case, inputs: {}
-    """What else is measured after the timing, by name, given the input sets."""
+    """What else is measured after the timing, by name, given the input sets. `peak_bytes` replaces what was counted in
+    this process."""
     foreign: bool = False
     """Whether this is another package, whose failure is reported but is none of the run."""
 
@@ -345,9 +346,16 @@ def measure(
     turns, busy = _take_turns(calls, first, inputs, device, budget or 0.0, report)
     times |= turns
     report("measuring details")
-    details = {p.name: p.detail(case, inputs) for p in providers if p.name in times}
+    details = {p.name: dict(p.detail(case, inputs)) for p in providers if p.name in times}
+    peaks = {name: int(detail.pop("peak_bytes")) for name, detail in details.items() if "peak_bytes" in detail}
     return [
-        replace(r, seconds=times.get(name, ()), detail=details.get(name, {}), busy_elsewhere=busy)
+        replace(
+            r,
+            seconds=times.get(name, ()),
+            detail=details.get(name, {}),
+            peak_bytes=peaks.get(name, r.peak_bytes),
+            busy_elsewhere=busy,
+        )
         for name, r in results.items()
     ]
 

@@ -25,6 +25,7 @@ TITLES = {
     "bench_memory": "Memory by size",
     "bench_training": "Training steps",
     "bench_explaining": "Explaining a generation",
+    "bench_scaling": "Growth along one dimension",
 }
 INTRODUCTION = """\
 # Performance

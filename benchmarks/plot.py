@@ -13,8 +13,10 @@ import harness
 
 SIZES = ("N", "n")
 """Columns that hold the size, the first that is there."""
-GROUPS = ("loss", "kind", "D", "B", "L", "texts", "dtype")
+GROUPS = ("along", "loss", "kind", "D", "B", "L", "texts", "dtype")
 """Columns that tell one family of cases from another: a row of panels each."""
+NAMED = ("along", "loss", "kind", "texts", "dtype")
+"""Of them, those whose values say what they are."""
 FLOOR = "floor"
 
 Row = Mapping[str, str]
@@ -53,7 +55,9 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     varying = [c for c in GROUPS if len({row.get(c) for row in rows}) > 1]
     found: dict[str, list[Row]] = {}
     for row in rows:
-        name = ", ".join(row[c] if c in ("loss", "kind", "texts", "dtype") else f"{c}={row[c]}" for c in varying)
+        name = ", ".join(
+            row[c] if c in ("along", "loss", "kind", "texts", "dtype") else f"{c}={row[c]}" for c in varying
+        )
         found.setdefault(name, []).append(row)
     return found
 

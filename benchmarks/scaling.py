@@ -129,6 +129,9 @@ What follows from the model: with few pairs a rank both modes wait for the netwo
 messages, waits less. Thousands of pairs a rank hide the ring within a node, and not between nodes, where neither mode
 hides. There memory decides: gathering holds the keys of all ranks, the ring those of three.
 
+How one machine's times and memory grow with rows, features, problems and processes is measured:
+[growth along one dimension](performance.md#growth-along-one-dimension-cpu).
+
 To check it on GPUs: time `seer_kernels.distributed.info_nce` in both modes under `torchrun` with these batches; the
 bandwidth to put in is that of `torch.distributed.all_gather_into_tensor` alone."""
 

@@ -31,7 +31,15 @@ def test_rehearsal(tmp_path: Path) -> None:
     done = run(tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = summary(tmp_path)
-    left_out = ["build", "memcheck", "racecheck", "bench_loss-bfloat16", "bench_self", "bench_explaining"]
+    left_out = [
+        "build",
+        "memcheck",
+        "racecheck",
+        "bench_loss-bfloat16",
+        "bench_self",
+        "bench_explaining",
+        "bench_scaling",
+    ]
     assert [name for name, status in parts.items() if status == "left out"] == left_out
     measured = [name for name, status in parts.items() if status == "ok"]
     scripts = [f"bench_{name}" for name in ("loss", "sinkhorn", "memory", "training")]
@@ -76,7 +84,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     assert len(watched) == 2
     assert all("test_gpu.py" in call for call in watched)
     measured = [call for call in calls if "benchmarks/bench_" in call]
-    assert len(measured) == 8
+    assert len(measured) == 9
     for call in measured:
         script, _, sizes = call.partition(" --sizes ")
         assert "--quick --device cuda --out" in script
