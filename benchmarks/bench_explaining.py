@@ -228,6 +228,7 @@ BENCHMARK = Benchmark(
     checked="the tokens against those of generate",
     packages=("seer-kernels", "transformers"),
     dtypes=("float32", "bfloat16"),
+    budgets=20,
     floor="plain",
     ours="streamed",
     extra_columns=lambda m, everyone: {"share_reading": m.detail.get("share_reading", "")},

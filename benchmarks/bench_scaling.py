@@ -206,20 +206,20 @@ def forget() -> None:
     bench_loss.truth.cache_clear()
 
 
-def check(case: Case, inputs: Any, outputs: Outputs) -> Check:
-    if module_of(case) is bench_sinkhorn:
-        found: Check = bench_sinkhorn.check(inner(case), inputs, outputs)
-        return found
-    return bench_loss.check_loss(inner(case), inputs, outputs)
+def check_ranks(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
+    return bench_loss.check_loss(inner(case), pairs, outputs)
 
 
 def make_providers() -> dict[str, Provider]:
     losses, transport = bench_loss.make_providers(), bench_sinkhorn.make_providers()
-    peers = {"native": ("native", "native"), "idiomatic": ("idiomatic", "pot")}
+    peers = {"native": ("native", "native"), "idiomatic": ("idiomatic", "pot"), "floor": ("floor", "floor")}
 
     def original(name: str, case: Case) -> Provider:
         ours = peers[name]
         return transport[ours[1]] if module_of(case) is bench_sinkhorn else losses[ours[0]]
+
+    def check_original(name: str, case: Case, inputs: Any, outputs: Outputs) -> Check:
+        return original(name, case).check(inner(case), inputs, outputs)
 
     def left_out(name: str, case: Case) -> str | None:
         if case.fields["along"] == "ranks" and case.fields["n"] > 1:
@@ -231,14 +231,18 @@ def make_providers() -> dict[str, Provider]:
             return "of several processes"
         return None if case.fields["device_type"] == "cpu" else "on CPUs"
 
-    labels = {"native": "ours, native", "idiomatic": "idiomatic torch, POT"}
-    notes = {"native": "seer_kernels, all cores.", "idiomatic": "As in bench_loss.py; for transport ot.solve_batch."}
+    labels = {"native": "ours, native", "idiomatic": "idiomatic torch, POT", "floor": "floor"}
+    notes = {
+        "native": "seer_kernels, all cores.",
+        "idiomatic": "As in bench_loss.py; for transport ot.solve_batch.",
+        "floor": "As in bench_loss.py and bench_sinkhorn.py.",
+    }
     providers = {
         name: Provider(
             name,
             label,
             lambda case, name=name: original(name, case).prepare(inner(case)),
-            check,
+            partial(check_original, name),
             partial(left_out, name),
             notes[name],
         )
@@ -249,7 +253,7 @@ def make_providers() -> dict[str, Provider]:
             mode,
             f"ranks, {mode}",
             partial(ranks_of, mode),
-            check,
+            check_ranks,
             without_ranks,
             f"seer_kernels.distributed.info_nce(mode={mode!r}); memory is that of rank 0.",
             detail=lambda case, inputs, mode=mode: {"peak_bytes": ranks_of(mode, case).peak_bytes()},
@@ -271,12 +275,31 @@ def exponent(measurements: Sequence[Measurement], along: str, value: Callable[[M
 
 
 def make_figures(measurements: Sequence[Measurement]) -> list[Figure]:
-    time = partial(exponent, measurements, value=lambda m: m.quartiles[1])
-    memory = partial(exponent, measurements, value=lambda m: m.peak_bytes)
-    text = "{} grows with {} as their power of, at most {}"
-    bounds = (("time", time, "rows", 2.1), ("time", time, "features", 1.1), ("time", time, "problems", 1.1))
-    bounds += (("time", time, "transport", 1.1), ("peak memory", memory, "rows", 1.1))
-    return [Figure(text.format(what, along, bound), of(along), bound, True) for what, of, along, bound in bounds]
+    def over_floor(m: Measurement) -> float | None:
+        return harness.time_ratio(measurements, m.case.name, "native", "floor")
+
+    values = {
+        "time": lambda m: m.quartiles[1],
+        "time over the floor": over_floor,
+        "peak memory": lambda m: m.peak_bytes,
+    }
+    bounds = (
+        ("time over the floor", "rows", 0.1),
+        ("time over the floor", "features", 0.1),
+        ("time", "problems", 1.1),
+        ("time", "transport", 1.1),
+        ("peak memory", "rows", 1.1),
+        ("peak memory", "features", 0.1),
+    )
+    return [
+        Figure(
+            f"{what} grows with {along} as their power of, at most {bound:g}",
+            exponent(measurements, along, values[what]),
+            bound,
+            True,
+        )
+        for what, along, bound in bounds
+    ]
 
 
 BENCHMARK = Benchmark(
@@ -300,8 +323,6 @@ BENCHMARK = Benchmark(
     packages=("seer-kernels", "POT"),
     dtypes=("float32",),
     draw=lambda results, picture: plot.by_size(results, picture),
-    floor="native",
-    ours="idiomatic",
 )
 
 

@@ -59,6 +59,8 @@ class Benchmark:
     use_arguments: Callable[[argparse.Namespace], str] = lambda options: ""
     """Takes it; returns what is to be said about it."""
     timed: bool = True
+    budgets: float = 1.0
+    """Time for timed calls per case, in `harness.BUDGET`s: more where small ratios are told from noise."""
     draw: Callable[[Path, Path], None] | None = None
     """Draws the picture from the result file; by default `harness.plot` draws the measurements."""
     floor: str = "floor"
@@ -137,7 +139,8 @@ def run(
             report("making inputs")
             count = harness.input_sets(benchmark.input_bytes(size, dtype), device)
             inputs = [benchmark.make_inputs(size, dtype, device, seed) for seed in range(count)]
-            budget = (harness.BUDGET / 4 if options.quick else harness.BUDGET) if benchmark.timed else None
+            seconds = benchmark.budgets * (harness.BUDGET / 4 if options.quick else harness.BUDGET)
+            budget = seconds if benchmark.timed else None
             results = harness.measure(case, providers, inputs, device, budget=budget, report=report)
             benchmark.forget()
             measurements += results

@@ -10,7 +10,7 @@ import bench_loss
 import bench_scaling
 import pytest
 import torch
-from bench_scaling import Shared, Size
+from bench_scaling import Shared, Size, make_case
 from harness import Measurement
 
 WHERE = (torch.float32, torch.device("cpu"))
@@ -23,7 +23,7 @@ def no_process_stays() -> Iterator[None]:
 
 
 def test_processes_return_the_loss_and_gradients_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, provider = bench_scaling.make_case(Size("ranks", 2), *WHERE), bench_scaling.make_providers()["ring"]
+    case, provider = make_case(Size("ranks", 2), *WHERE), bench_scaling.make_providers()["ring"]
     pairs = Shared.of(bench_loss.make_pairs(bench_loss.Size(1, 64, 16), *WHERE, 0))
     outputs = provider.prepare(case)(pairs)
     check = provider.check(case, pairs, outputs)
@@ -48,17 +48,18 @@ def test_a_run_along_every_dimension(tmp_path, monkeypatch) -> None:
 
 
 def test_exponents() -> None:
-    provider = bench_scaling.make_providers()["native"]
+    providers = bench_scaling.make_providers()
     measurements = [
-        Measurement(
-            bench_scaling.make_case(Size("rows", n), *WHERE), provider, "ok", peak_bytes=10 * n, seconds=(n**2,)
-        )
+        Measurement(make_case(Size(along, n), *WHERE), providers[name], "ok", peak_bytes=10 * n, seconds=(seconds,))
         for n in (8, 2, 4)
+        for along in ("rows", "problems")
+        for name, seconds in (("native", n**2.0), ("floor", n**1.5))
     ]
     figures = {figure.text: figure.measured for figure in bench_scaling.make_figures(measurements)}
-    assert figures["time grows with rows as their power of, at most 2.1"] == pytest.approx(2)
+    assert figures["time over the floor grows with rows as their power of, at most 0.1"] == pytest.approx(0.5)
+    assert figures["time grows with problems as their power of, at most 1.1"] == pytest.approx(2)
     assert figures["peak memory grows with rows as their power of, at most 1.1"] == pytest.approx(1)
-    assert figures["time grows with features as their power of, at most 1.1"] is None
+    assert figures["peak memory grows with features as their power of, at most 0.1"] is None
 
 
 @pytest.mark.parametrize("text", ["", "rows", "rows:0", "columns:4", "ranks:3"])
