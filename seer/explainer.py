@@ -43,8 +43,13 @@ class LayerScores:
     """[T, C] float32 on the CPU, to every prototype."""
     scores: Tensor
     """[T, C] float32 on the CPU, probabilities."""
-    unknown: Tensor
-    """(T,) bool: no prototype is near. Never without a calibration."""
+    unknown_below: float
+    """A prototype with a cosine below this is not near; minus infinity without a calibration."""
+
+    @property
+    def unknown(self) -> Tensor:
+        """(T,) bool: no prototype is near."""
+        return self.cosines.amax(-1) < self.unknown_below
 
     def answers(self) -> list[str]:
         """The concept with the highest score at each of the T places, or "unknown"."""
@@ -394,13 +399,14 @@ class ConceptExplainer:
             )
         return list(ids)
 
-    def _fit(self, temperature: float, scope: Scope) -> tuple[Tensor, Tensor]:
-        """The temperature of every layer, [L, 1, 1], and the cosine below which its answer is "unknown", [L, 1]."""
+    def _fit(self, temperature: float, scope: Scope) -> tuple[Tensor, list[float]]:
+        """The temperature of every layer, [L, 1, 1], and the cosine below which its answer is "unknown"."""
         known = {} if self.calibration is None else self.calibration.layers
         fits = [known[layer][scope] if layer in known else None for layer in self.layers]
         temperatures = [temperature if fit is None else fit.temperature for fit in fits]
-        unknown_below = [float("-inf") if fit is None else fit.unknown_below for fit in fits]
-        return torch.tensor(temperatures)[:, None, None], torch.tensor(unknown_below)[:, None]
+        return torch.tensor(temperatures)[:, None, None], [
+            float("-inf") if f is None else f.unknown_below for f in fits
+        ]
 
     @contextmanager
     def _reading(self) -> Iterator[_Pass]:
@@ -423,8 +429,8 @@ class ConceptExplainer:
         """[L, T, C] cosines on the CPU -> the scores of every layer."""
         temperature, unknown_below = self._fits[scope]
         scores = (cosines / temperature).softmax(-1)
-        parts = (cosines.unbind(), scores.unbind(), (cosines.amax(-1) < unknown_below).unbind())
-        return {layer: LayerScores(self.concepts, *of) for layer, *of in zip(self.layers, *parts, strict=True)}
+        parts = zip(cosines.unbind(), scores.unbind(), unknown_below, strict=True)
+        return {layer: LayerScores(self.concepts, *of) for layer, of in zip(self.layers, parts, strict=True)}
 
 
 class ConceptMonitor(StoppingCriteria):
@@ -480,7 +486,8 @@ class _Pass:
 
     def __init__(self, reader: LayerReader, prototypes: Prototypes) -> None:
         self._reader = reader
-        self._directions = torch.stack([prototypes.layers[layer] for layer in reader.layers]).mT  # [L, D, C]
+        directions = torch.stack([prototypes.layers[layer] for layer in reader.layers]).mT  # [L, D, C]
+        self._directions = directions.squeeze(0)  # of one layer: a plain product costs less than a batched one
         self._known: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -569,33 +576,33 @@ class _Recorder(StoppingCriteria):
 class _Splitter:
     """Turns token ids, one by one, into strings that joined together are what decoding them all gives."""
 
+    WINDOW = 4  # ids decoded together, which costs less than decoding twice per token
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # decoding from here on shows spaces as they are in the middle of a text
-        self._done = 0  # ids whose text was given out
+        self._ids: list[int] = []  # the newest: what is before them shows spaces as they are in the middle of a text
+        self._done = 0  # of them, ids whose text was given out
+        self._given = ""  # that text
 
     def add(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._decode(len(self._ids))
+        text = self._decode()
         if text.endswith("\ufffd"):  # the first bytes of a character
             return ""
-        return self._give(text)
+        piece = text[len(self._given) :]
+        # After a token without text the space before the next one still depends on what was before.
+        if piece and len(self._ids) > self.WINDOW:
+            del self._ids[: self._done]
+            text = self._decode()
+        self._done, self._given = len(self._ids), text
+        return piece
 
     def rest(self) -> str:
         """What is left of a character that never came to its end."""
-        return self._give(self._decode(len(self._ids)))
+        return self._decode()[len(self._given) :]
 
-    def _give(self, text: str) -> str:
-        piece = text[len(self._decode(self._done)) :]
-        if piece:  # after a token without text the space before the next one still depends on what was before
-            self._start = self._done
-        self._done = len(self._ids)
-        return piece
-
-    def _decode(self, end: int) -> str:
-        ids = self._ids[self._start : end]
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False))
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
