@@ -206,10 +206,6 @@ def forget() -> None:
     bench_loss.truth.cache_clear()
 
 
-def check_ranks(case: Case, pairs: Pairs, outputs: Outputs) -> Check:
-    return bench_loss.check_loss(inner(case), pairs, outputs)
-
-
 def make_providers() -> dict[str, Provider]:
     losses, transport = bench_loss.make_providers(), bench_sinkhorn.make_providers()
     peers = {"native": ("native", "native"), "idiomatic": ("idiomatic", "pot"), "floor": ("floor", "floor")}
@@ -253,7 +249,7 @@ def make_providers() -> dict[str, Provider]:
             mode,
             f"ranks, {mode}",
             partial(ranks_of, mode),
-            check_ranks,
+            bench_loss.check_loss,
             without_ranks,
             f"seer_kernels.distributed.info_nce(mode={mode!r}); memory is that of rank 0.",
             detail=lambda case, inputs, mode=mode: {"peak_bytes": ranks_of(mode, case).peak_bytes()},
@@ -322,7 +318,7 @@ BENCHMARK = Benchmark(
     measured="forward and backward; for transport the forward pass",
     packages=("seer-kernels", "POT"),
     dtypes=("float32",),
-    draw=lambda results, picture: plot.by_size(results, picture),
+    draw=plot.by_size,
 )
 
 

@@ -404,9 +404,8 @@ class ConceptExplainer:
         known = {} if self.calibration is None else self.calibration.layers
         fits = [known[layer][scope] if layer in known else None for layer in self.layers]
         temperatures = [temperature if fit is None else fit.temperature for fit in fits]
-        return torch.tensor(temperatures)[:, None, None], [
-            float("-inf") if f is None else f.unknown_below for f in fits
-        ]
+        unknown_below = [float("-inf") if fit is None else fit.unknown_below for fit in fits]
+        return torch.tensor(temperatures)[:, None, None], unknown_below
 
     @contextmanager
     def _reading(self) -> Iterator[_Pass]:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 
 import harness
 import pytest
@@ -167,6 +168,24 @@ def test_a_backend_that_does_not_serve_a_problem_is_left_out():
 
     (result,) = harness.measure(CASE, [dataclasses.replace(provider("a"), prepare=refusing)], range(2), CPU)
     assert (result.status, result.reason) == ("left out", "backend='native' cannot run on cuda: small ones only")
+
+
+def test_a_provider_may_report_the_peak_of_its_own_processes():
+    counted = provider("ours", detail=lambda case, inputs: {"peak_bytes": 12345, "else": 1.0})
+    (m,) = harness.measure(CASE, [counted], [torch.ones(2)], CPU, budget=0.0)
+    assert (m.peak_bytes, m.detail) == (12345, {"else": 1.0})
+
+
+def test_processes_that_were_started_are_not_others(monkeypatch):
+    class Started:
+        pid = os.getpid()
+
+    before = harness._BusyElsewhere._read()
+    monkeypatch.setattr(harness.multiprocessing, "active_children", lambda: [Started()])
+    after = harness._BusyElsewhere._read()
+    if before is None or after is None:
+        pytest.skip("no /proc/stat here")
+    assert after[1] > 1.5 * before[1] > 0  # this process, counted as its own child too
 
 
 def test_ceilings_are_rates_of_known_work(monkeypatch):
